@@ -1,0 +1,286 @@
+"""The layers of the diffusion transformer, and the places where machines may touch them from outside.
+
+A block sees its tokens `x [B, L, C]` and a `Scene`: everything about the tokens that stays the same through the trunk.
+Nothing here knows on what machine, in how many pieces or how often it runs.  What may be exchanged from outside:
+
+* `Attention.kernel`, a function (q, k, v, mask) -> out; `sdpa` unless replaced;
+* the `Ops` table, the named operations in plain torch, replaced as a whole by `use_ops`;
+* any `nn.Linear`, any `Block`, and the `Trunk` that runs the blocks.
+
+Precision: the residual stream, the norms, the modulation and the rotation are float32 (float64 in a float64 model);
+the linear layers run in the dtype of their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every block sees besides x.  L counts the tokens that x has: when x is cut, the [L] fields are cut alike.
+
+    `group` chooses the row of `mod` for each token; with one row (G = 1) that row serves all tokens and `group` is
+    not read.  A part that appends tokens appends to every [L] field and to each tensor of `tokens`.
+    """
+
+    rope: Tensor  # [L, D/2]      each token's position as complex numbers of length 1
+    group: Tensor  # [L] long     which timestep modulates it: 0 noisy, 1 clean (the given first frame, references)
+    frame: Tensor  # [L] long     the latent frame it lies in, -1 for tokens outside the clip
+    mod: Tensor  # [B, G, 6, C]   one row per distinct timestep, not per token
+    context: Tensor  # [B, Lc, C] text
+    image: Tensor | None = None  # [B, Li, C] picture tokens of the models that have that branch
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # [B, L, *] an adapter's own, one per token
+    shared: dict[str, Any] = field(default_factory=dict)  # an adapter's own, the same for all tokens
+    whole: Callable[[Tensor], Tensor] = _same  # [B, the tokens at hand, *] -> [B, all tokens, *]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and norms beside parameters of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---------------------------------------------------------------- attention kernels and named operations
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, L, H, D], [B, M, H, D] twice -> [B, L, H, D]; mask [L, M] is True where a token may look."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same as `sdpa` in single operations.  On a CPU its backward in bfloat16 is 4 to 15 times faster (torch 2.13)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def per_token(row: Tensor, group: Tensor) -> Tensor:
+    """[B, G, C] -> [B, 1, C] when there is one row for all, else each token's row [B, L, C]."""
+    return row if row.shape[1] == 1 else row[:, group]
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, group: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift for x [B, L, C] and rows [B, G, C], returned in `dtype`."""
+    shape = x.shape[-1:]
+    if shift.shape[:2] == (1, 1):  # one row for everything is the affine part of the norm: one pass instead of three
+        return F.layer_norm(x, shape, 1 + scale[0, 0], shift[0, 0], eps).to(dtype)
+    out = F.layer_norm(x, shape, None, None, eps)
+    return torch.addcmul(per_token(shift, group), out, 1 + per_token(scale, group)).to(dtype)
+
+
+def gate_add(x: Tensor, y: Tensor, gate: Tensor, group: Tensor) -> Tensor:
+    """x + gate * y for x, y [B, L, C] and gate [B, G, C]; the sum keeps the width of x."""
+    return torch.addcmul(x, y.to(x.dtype), per_token(gate, group))
+
+
+def gate_add_norm(
+    x: Tensor, y: Tensor, gate: Tensor, group: Tensor, norm: nn.LayerNorm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gated sum and its affine LayerNorm, the latter in `dtype`: both [B, L, C]."""
+    x = gate_add(x, y, gate, group)
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps).to(dtype)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, C] -> [B, L, H, D]."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def rms_rotate(x: Tensor, norm: RMSNorm, heads: int, rope: Tensor | None) -> Tensor:
+    """RMSNorm over all of C, then heads, then the rotation: [B, L, C] -> [B, L, H, D]."""
+    x = split_heads(norm(x), heads)
+    return x if rope is None else rotate(x, rope)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn each pair (x[2j], x[2j+1]) of x [B, L, H, D] by the angle of rope[:, j], in float32.
+
+    Written with complex numbers because a CPU does that in one pass, ten times faster than with even and odd parts.
+    """
+    pairs = torch.view_as_complex(x.to(wide(x.dtype)).view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+
+
+def project_qkv(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three projections of the same tokens: [B, L, C] -> 3 x [B, L, C], not yet normalised or split in heads."""
+    return attention.q(x), attention.k(x), attention.v(x)
+
+
+def context_kv(attention: CrossAttention, context: Tensor, image: bool = False) -> tuple[Tensor, Tensor]:
+    """Keys and values of what a block reads, [B, M, C] -> 2 x [B, M, H, D].
+
+    They depend on the prompt alone, not on the step: whoever replaces this operation may keep them.
+    `image` takes the projections of the picture branch.
+    """
+    if image:
+        k, v, norm = attention.k_img(context), attention.v_img(context), attention.norm_k_img
+    else:
+        k, v, norm = attention.k(context), attention.v(context), attention.norm_k
+    return attention.ops.rms_rotate(k, norm, attention.heads, None), split_heads(v, attention.heads)
+
+
+def feed_forward(ffn: nn.Sequential, x: Tensor) -> Tensor:
+    """Linear, GELU (tanh form), Linear: [B, L, C] -> [B, L, C]."""
+    out: Tensor = ffn(x)
+    return out
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The named operations that a fused kernel may replace; the defaults are the definitions in plain torch."""
+
+    norm_modulate: Callable[..., Tensor] = norm_modulate
+    gate_add: Callable[..., Tensor] = gate_add
+    gate_add_norm: Callable[..., tuple[Tensor, Tensor]] = gate_add_norm
+    rms_rotate: Callable[..., Tensor] = rms_rotate
+    project_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_qkv
+    context_kv: Callable[..., tuple[Tensor, Tensor]] = context_kv
+    feed_forward: Callable[..., Tensor] = feed_forward
+
+
+PLAIN = Ops()
+
+
+# ---------------------------------------------------------------- modules
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; rounded to the dtype of x before the weight, as the reference."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = x.to(wide(x.dtype))
+        high = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + self.eps)
+        return high.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens with all tokens; q and k are normalised over C before the split in heads."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.heads = heads
+        self.kernel: Kernel = sdpa
+        self.ops = PLAIN
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B, L, C] in the dtype of the parameters, rope [L, D/2] -> [B, L, C]."""
+        q, k, v = self.ops.project_qkv(self, x)
+        q = self.ops.rms_rotate(q, self.norm_q, self.heads, rope)
+        k = self.ops.rms_rotate(k, self.norm_k, self.heads, rope)
+        return self.leave(self.kernel(q, k, split_heads(v, self.heads), mask))
+
+    def leave(self, out: Tensor) -> Tensor:
+        """Join the heads and project: [B, L, H, D] -> [B, L, C]."""
+        y: Tensor = self.o(out.flatten(-2))
+        return y
+
+
+class CrossAttention(Attention):
+    """Tokens read a context, and where the model has the branch, picture tokens by a softmax of their own."""
+
+    def __init__(self, dim: int, heads: int, eps: float, *, image: bool = False) -> None:
+        super().__init__(dim, heads, eps)
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(  # type: ignore[override]  # reads a second sequence
+        self, x: Tensor, context: Tensor, image: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x [B, L, C], context [B, M, C], image [B, Li, C] -> [B, L, C]; mask [L, M] is of the context only."""
+        q = self.ops.rms_rotate(self.q(x), self.norm_q, self.heads, None)
+        out = self.kernel(q, *self.ops.context_kv(self, context), mask)
+        if image is not None:
+            out = out + self.kernel(q, *self.ops.context_kv(self, image, True), None)
+        return self.leave(out)
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward.
+
+    `after_cross` and `after` hold the parts that adapters add: modules (x, scene) -> x.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float, *, image: bool = False) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = Attention(dim, heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)  # 1 and 2 have no parameters: they are in norm_modulate
+        self.cross_attn = CrossAttention(dim, heads, eps, image=image)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.after_cross, self.after = nn.ModuleList(), nn.ModuleList()
+        self.eps = eps
+        self.ops = PLAIN
+
+    def forward(self, x: Tensor, scene: Scene) -> Tensor:
+        """x [B, L, C] float32 -> the same."""
+        ops, group, eps = self.ops, scene.group, self.eps
+        dtype = self.norm3.weight.dtype  # not a Linear's: a stand-in for one may store its weight in another
+        mod = self.modulation.to(scene.mod.dtype)[:, None] + scene.mod
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = mod.unbind(2)  # 6 x [B, G, C]
+
+        y = self.self_attn(ops.norm_modulate(x, shift, scale, group, eps, dtype), scene.rope)
+        x, normed = ops.gate_add_norm(x, y, gate, group, self.norm3, dtype)
+        x = x + self.cross_attn(normed, scene.context, scene.image)
+        for part in self.after_cross:
+            x = part(x, scene)
+        y = ops.feed_forward(self.ffn, ops.norm_modulate(x, shift_ffn, scale_ffn, group, eps, dtype))
+        x = ops.gate_add(x, y, gate_ffn, group)
+        for part in self.after:
+            x = part(x, scene)
+        return x
+
+
+class Trunk(nn.Module):
+    """(x, scene) -> x: the blocks one after another.  Whatever cuts the sequence or skips a step stands here.
+
+    The blocks belong to the DiT, whose tensor names must be `blocks.N...`; the trunk only refers to them, so that
+    `dit.trunk = Something(dit.trunk)` changes no name.  `enter` holds parts of adapters: (x, scene) -> scene.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.__dict__["blocks"] = blocks  # past nn.Module's registration: see above
+        self.enter = nn.ModuleList()
+
+    def forward(self, x: Tensor, scene: Scene) -> Tensor:
+        for part in self.enter:
+            scene = part(x, scene)
+        for block in self.blocks:
+            x = block(x, scene)
+        return x
+
+
+def use_ops(root: nn.Module, ops: Ops) -> None:
+    """Give every block and attention under `root` (a DiT, a Trunk or any part) this table of operations."""
+    for module in root.modules():
+        if isinstance(module, Block | Attention):
+            module.ops = ops
+        elif isinstance(module, Trunk):
+            use_ops(module.blocks, ops)
