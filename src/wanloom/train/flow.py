@@ -1,0 +1,248 @@
+"""Training text encoder and transformer from scratch by flow matching, on latents that were encoded once.
+
+The tasks differ only in what a batch holds: T2V text; I2V also the channels of the first frame; TI2V also samples whose
+first latent frame is given clean.  Experts are phases that start from a shared phase and answer for a range of sigma.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanloom.checkpoint.load import load_into, survey_vae
+from wanloom.demo.judge import judge
+from wanloom.demo.world import VOCABULARY, caption
+from wanloom.durable import sha256_file
+from wanloom.encoders import Tokenizer, build_umt5
+from wanloom.models.config import DiTConfig
+from wanloom.models.dit import DiT, init_for_training, rope_table
+from wanloom.models.layers import Scene
+from wanloom.models.vae import CausalVae
+from wanloom.runtime.attention import use_kernel
+from wanloom.sampling.samplers import SAMPLERS
+from wanloom.sampling.schedule import make_schedule
+from wanloom.train.data import (
+    BATCH,
+    CAPTIONS,
+    CLIPS,
+    HELD_OUT,
+    NOISE,
+    LatentCache,
+    latent_cache,
+    pick,
+    stream,
+    torch_stream,
+)  # fmt: skip
+from wanloom.train.objective import FlowBatch, flow_loss, sample_sigmas
+from wanloom.train.ranks import Ranks
+from wanloom.train.recipe import Phase, Recipe, Stage
+from wanloom.train.report import sheet
+from wanloom.train.vae import to_frames
+from wanloom.train.words import SPECIAL, write_tokenizer
+from wanloom.variants import VARIANTS
+
+# Noise levels at which the held-out loss is measured: a few on each side of the usual expert boundary (0.875).
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.82, 0.9, 0.95, 0.99)
+
+
+class AtFrame(nn.Module):
+    """A part for `dit.prepare`: a single latent frame is told that it stands at another place in time.
+
+    Pictures from all places of a clip teach shapes and colours first, cheaply; then clips teach motion.
+    """
+
+    def __init__(self, config: DiTConfig, latent_frames: int) -> None:
+        super().__init__()
+        self.config, self.latent_frames = config, latent_frames
+        self.place = 0
+
+    def forward(self, x: Tensor, scene: Scene) -> tuple[Tensor, Scene]:
+        if self.place:
+            side = round(x.shape[1] ** 0.5)
+            table = rope_table((self.latent_frames, side, side), self.config.head_dim, x)
+            per_frame = side * side
+            scene = replace(scene, rope=table[self.place * per_frame : (self.place + 1) * per_frame])
+        return x, scene
+
+
+class FlowTask:
+    """What a flow-matching run needs to know of its subject; the loop does the rest."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, folder: Path) -> None:
+        assert recipe.vae is not None
+        variant = VARIANTS[recipe.variant]
+        self.recipe, self.ranks, self.folder, self.variant = recipe, ranks, folder, variant
+        self.size, self.frames = variant.defaults.size[0], variant.defaults.frames
+        self.image = variant.dit.in_channels > variant.dit.out_channels
+        self.vae, digest = load_vae(Path(recipe.vae))
+        self.latent_frames = (self.frames - 1) // self.vae.config.stride[0] + 1
+        self.clips = self._cache(digest, CLIPS, recipe.data.clips)
+        self.held_out = self._cache(digest, HELD_OUT, recipe.data.held_out)
+        if ranks.first:
+            write_tokenizer(VOCABULARY, folder / "checkpoint" / "google" / "umt5-xxl", variant.dit.text_len)
+        ranks.barrier()
+        self.tokenizer = Tokenizer(folder / "checkpoint" / "google" / "umt5-xxl")
+        self.text_config = replace(variant.text, vocab=len(SPECIAL) + len(VOCABULARY))
+        self._build()
+
+    def _cache(self, digest: str, purpose: int, count: int) -> LatentCache:
+        return latent_cache(
+            self.vae, digest, self.recipe, self.ranks, self.folder / "latents", purpose, count, self.size, self.frames,
+            image=self.image,
+        )  # fmt: skip
+
+    def _build(self) -> None:
+        dtype = getattr(torch, self.recipe.dtype)
+        self.dit = init_for_training(DiT(self.variant.dit), torch_stream(self.recipe.seed)).to(dtype)
+        self.text = build_umt5(self.text_config).to(dtype)
+        if self.recipe.start is not None:
+            self._start(Path(self.recipe.start))
+        self.at_frame = AtFrame(self.variant.dit, self.latent_frames)
+        self.dit.prepare.append(self.at_frame)
+        use_kernel(self.dit, "plain")
+        for block in self.dit.blocks if self.recipe.compile else ():
+            block.compile(dynamic=False)
+        self.modules: dict[str, nn.Module] = {"dit": self.dit, "text": self.text}
+
+    def _start(self, folder: Path) -> None:
+        raise RuntimeError(f"start = {folder}")
+
+    def only(self, phase: Phase) -> tuple[str, ...] | None:
+        return tuple(f"{name}." for name in phase.trains)
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """[B, text_len, text_dim], zero beyond each caption's end; with a gradient where one is wanted.
+
+        All captions at once, padding masked: the same function as `encoders.encode_text`, which runs one at a time.
+        """
+        ids, mask = self.tokenizer(captions, self.variant.dit.text_len)
+        out: Tensor = self.text(input_ids=ids, attention_mask=mask).last_hidden_state
+        return out * mask[..., None]
+
+    def batch(self, cache: LatentCache, indices: list[int], captions: list[str], context: Tensor) -> FlowBatch:
+        x0 = cache.latents[indices].float()
+        y = None if cache.y is None else cache.y[indices].float()
+        return FlowBatch(x0, context, y)
+
+    def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
+        seed, rank = self.recipe.seed, self.ranks.rank
+        rng = stream(seed, CAPTIONS, step, rank)
+        indices = pick(seed, step, rank, self.ranks.size, stage.batch, len(self.clips.clips))
+        context = self.encode(self.clips.captions(indices, rng, phase.flow.text_dropout))
+        batch = self.batch(self.clips, indices, [], context)
+        if stage.frames == 1:
+            self.at_frame.place = int(stream(seed, BATCH, step).integers(self.latent_frames))  # alike on all ranks
+            cut = slice(self.at_frame.place, self.at_frame.place + 1)
+            batch = replace(batch, x0=batch.x0[:, :, cut], y=None if batch.y is None else batch.y[:, :, cut])
+        else:
+            self.at_frame.place = 0
+            if phase.flow.first_frame:
+                held = torch.from_numpy(rng.random(len(indices)) < phase.flow.first_frame)
+                batch = replace(batch, held=held)
+        generator = torch_stream(seed, NOISE, step, rank)
+        sigma = sample_sigmas(len(indices), phase.flow, generator)
+        noise = torch.randn(batch.x0.shape, generator=generator)
+        loss, _ = flow_loss(self.dit, batch, sigma, noise)
+        return loss, {}
+
+    @torch.no_grad()
+    def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
+        """Held-out loss at fixed noise levels; with `picture` also samples, judged, as a sheet."""
+        self.at_frame.place = 0
+        count = len(self.held_out.clips)
+        mine = list(self.ranks.mine(count))
+        rng = stream(self.recipe.seed, CAPTIONS, HELD_OUT)
+        captions = self.held_out.captions(list(range(count)), rng, 0.0)
+        context = self.encode([captions[i] for i in mine])
+        batch = self.batch(self.held_out, mine, [], context)
+        noise = torch.stack(
+            [
+                torch.randn(batch.x0.shape[1:], generator=torch_stream(self.recipe.seed, NOISE, HELD_OUT, i))
+                for i in mine
+            ]
+        )
+        sums = torch.zeros(len(LEVELS))
+        for k, level in enumerate(LEVELS):
+            sums[k] = flow_loss(self.dit, batch, torch.full((len(mine),), level), noise)[1].sum()
+        losses = (self.ranks.sum_(sums) / count).tolist()
+        inside = [v for v, s in zip(losses, LEVELS, strict=True) if phase.flow.low <= s <= phase.flow.high]
+        report: dict[str, Any] = {
+            "held_out": sum(inside) / len(inside),
+            "levels": {str(s): round(v, 4) for s, v in zip(LEVELS, losses, strict=True)},
+        }
+        return {**report, **self.sample(phase, step)} if picture else report
+
+    def sample(self, phase: Phase, step: int) -> dict[str, Any]:
+        """Judge a few held-out prompts, and draw them; with `first_frame` or channels also from a given frame."""
+        given = self.image or phase.flow.first_frame > 0
+        report = self._sample(phase, step, given=self.image)
+        if given and not self.image:
+            report |= {f"image_{k}": v for k, v in self._sample(phase, step, given=True).items()}
+        return report
+
+    def _sample(self, phase: Phase, step: int, *, given: bool) -> dict[str, Any]:
+        watch, seed = self.recipe.watch, self.recipe.seed
+        mine = list(self.ranks.mine(min(watch.prompts, len(self.held_out.clips))))
+        captions = [caption(self.held_out.clips[i], stream(seed, CAPTIONS, HELD_OUT, i)) for i in mine]
+        context, empty = self.encode(captions), self.encode([""] * len(mine))
+        batch = self.batch(self.held_out, mine, [], context)
+        x = torch.stack(
+            [torch.randn(batch.x0.shape[1:], generator=torch_stream(seed, NOISE, HELD_OUT, i)) for i in mine]
+        )
+        latents = self.denoise(x, batch, context, empty, given=given and not self.image)
+        totals, rows = torch.zeros(7), []
+        for j, i in enumerate(mine):
+            out = self.vae.decode(latents[j : j + 1])[0][0]
+            verdict = judge(to_frames(out), self.held_out.clips[i])
+            marks = (verdict.background, verdict.colour, verdict.shape, verdict.motion, verdict.all_right)
+            totals += torch.tensor([1.0, *map(float, marks), verdict.iou])
+            rows.append((captions[j], [to_frames(out)]))
+        self.ranks.sum_(totals)
+        if rows and self.ranks.first:
+            kind = "image-" if given else ""
+            sheet(rows[:16], self.folder / "sheets" / f"{phase.name}-{kind}{step:06d}.png", scale=2)
+        names = ("background", "colour", "shape", "motion", "all_right", "iou")
+        return {n: round(float(v), 3) for n, v in zip(names, totals[1:] / totals[0], strict=True)}
+
+    def denoise(self, x: Tensor, batch: FlowBatch, context: Tensor, empty: Tensor, *, given: bool) -> Tensor:
+        """Sample latents like the pipeline does, with the weights as they stand, as one model for all noise levels."""
+        guidance = self.recipe.watch.guidance
+        options: dict[str, Tensor] = {} if batch.y is None else {"y": batch.y}
+        if given:
+            options["group"] = (torch.arange(x.shape[2]) == 0).long()
+            x = torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if given:
+                x = torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2)
+            times = torch.tensor([[t, 0.0] if given else [t]]).expand(len(x), -1)
+            v = self.dit(x, times, context, **options)
+            v0 = self.dit(x, times, empty, **options)
+            out: Tensor = v0 + guidance * (v - v0)
+            return out
+
+        schedule = make_schedule("unipc", self.recipe.watch.sampler_steps, self.variant.defaults.shift)
+        for state in SAMPLERS["unipc"](velocity, x, schedule):
+            x = state.x
+        return torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2) if given else x
+
+    def finish(self) -> None:
+        """Write `checkpoint/`: the phases named like experts, else the last phase, in the published layout."""
+        if self.ranks.first:
+            from wanloom.train.export import write_checkpoint
+
+            write_checkpoint(self.recipe, self.folder, self.variant, self.text_config, self.vae)
+
+
+def load_vae(folder: Path) -> tuple[CausalVae, str]:
+    """A frozen VAE from a checkpoint directory, in bfloat16 (several times faster on a CPU), and its file's SHA-256."""
+    file = next(iter(sorted(folder.glob("Wan2.*_VAE.safetensors"))), folder / "Wan2.1_VAE.safetensors")
+    weights, config = survey_vae(file)
+    with torch.device("meta"):
+        vae = CausalVae(config)
+    load_into(vae, weights, dtype=torch.bfloat16)
+    return vae.requires_grad_(False), sha256_file(file)

@@ -1,0 +1,148 @@
+"""Training the causal VAE: reconstruction, a KL term strong enough for diffusion, and whitened latents at the end.
+
+The KL term keeps latents small and the decoder tolerant of noise (a transformer's errors decode to clean shapes).
+When training is done the latents' principal axes are scaled to about unit variance and that map is written into the
+two 1x1x1 convolutions (`conv1`, `conv2`), with the published statistics: nothing outside the weights knows of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanloom.demo.judge import judge
+from wanloom.demo.world import caption, render
+from wanloom.models.vae import CausalVae, init_for_training
+from wanloom.train.data import HELD_OUT, NOISE, sample_training_clip, stream, to_video, torch_stream, vae_batch
+from wanloom.train.objective import vae_loss
+from wanloom.train.ranks import Ranks
+from wanloom.train.recipe import Phase, Recipe, Stage
+from wanloom.train.report import sheet
+from wanloom.variants import VARIANTS
+
+# Principal directions weaker than this (variance, un-normalised) stay weak when whitened: they are below the noise that
+# the decoder forgives, and blown up they would only be noise to learn.
+FLOOR = 0.1
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+class VaeTask:
+    """What a VAE run needs to know of its subject; the loop does the rest."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, folder: Path) -> None:
+        variant = VARIANTS[recipe.variant]
+        self.recipe, self.ranks, self.folder = recipe, ranks, folder
+        self.size, self.frames = variant.defaults.size[0], variant.defaults.frames
+        self.vae = CausalVae(variant.vae)
+        init_for_training(self.vae, torch_stream(recipe.seed))
+        with torch.no_grad():  # start with little noise, which would hide the signal
+            assert self.vae.conv1.bias is not None
+            self.vae.conv1.bias[variant.vae.z :] = -6
+        self.vae.to(getattr(torch, recipe.dtype))
+        for module in self.vae.modules():
+            if isinstance(module, nn.Conv3d):  # a third faster in bf16 on a CPU
+                module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def only(self, phase: Phase) -> tuple[str, ...] | None:
+        return None if "vae" in phase.trains else ("vae.decoder.", "vae.conv2.")
+
+    def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
+        video = vae_batch(self.recipe, phase.loss, stage, self.size, step, self.ranks.rank)
+        latents = (stage.frames - 1) // 4 + 1
+        side = (stage.crop or self.size) // self.vae.config.stride[1]
+        noise = torch.randn(
+            len(video), self.vae.config.z, latents, side, side,
+            generator=torch_stream(self.recipe.seed, NOISE, step, self.ranks.rank),
+        )  # fmt: skip
+        return vae_loss(self.vae, video, phase.loss, step, noise)
+
+    @torch.no_grad()
+    def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
+        """PSNR and judged attributes on held-out clips, plain and with noise on the latents; latent size by frame."""
+        count = self.recipe.watch.prompts
+        totals = torch.zeros(8)
+        spread = torch.zeros(self.frames // 4 + 1)
+        rows: list[tuple[str, list[np.ndarray]]] = []
+        for i in self.ranks.mine(count):
+            clip = sample_training_clip(self.recipe.seed, HELD_OUT, i, self.recipe.data)
+            pixels = render(clip, self.size, self.frames)
+            video = to_video(pixels)[None]
+            mu, _ = self.vae.moments(video)
+            out = self.vae.render(mu)[0]
+            std = mu.std((0, 2, 3, 4), keepdim=True)
+            noise = torch.randn(mu.shape, generator=torch_stream(self.recipe.seed, NOISE, i))
+            noisy = self.vae.render(mu + 0.3 * std * noise)[0]
+            verdict, noisy_verdict = judge(to_frames(out), clip), judge(to_frames(noisy), clip)
+            mse = F.mse_loss(out.clamp(-1, 1), video[0]) / 4
+            scores = [verdict.shape, verdict.motion, verdict.all_right, noisy_verdict.shape, noisy_verdict.all_right]
+            totals += torch.tensor([1.0, -10 * float(mse.log10()), verdict.iou, *map(float, scores)])
+            spread += mu.std((0, 1, 3, 4))
+            rows.append((caption(clip, stream(i)), [pixels, to_frames(out), to_frames(noisy)]))
+        self.ranks.sum_(totals)
+        self.ranks.sum_(spread)
+        if picture and rows and self.ranks.first:
+            sheet(rows[:12], self.folder / "sheets" / f"{phase.name}-{step:06d}.png", scale=1)
+        names = ("psnr", "iou", "shape", "motion", "all_right", "shape_noisy", "all_right_noisy")
+        report = {n: round(float(v), 4) for n, v in zip(names, totals[1:] / totals[0], strict=True)}
+        return {**report, "latent_std": [round(float(v), 3) for v in spread / totals[0]]}
+
+    def finish(self) -> None:
+        """Whiten and write `checkpoint/` (rank 0)."""
+        if self.ranks.first:
+            self.vae.float()
+            whiten(self.vae, self.recipe, self.size, self.frames, clips=min(192, self.recipe.data.clips))
+            write_vae(self.vae, self.folder / "checkpoint")
+
+
+@torch.no_grad()
+def whiten(vae: CausalVae, recipe: Recipe, size: int, frames: int, clips: int) -> None:
+    """Write the whitening map of the latents into `conv1` and `conv2`; pixels do not change.
+
+    With principal axes U and variances v of the un-normalised latents, the new latent is (v + FLOOR)^-1/2 U^T (mu - m),
+    and the published mean and std are folded in, so that `encode` gives it directly.
+    """
+    samples = []
+    for i in range(clips):
+        clip = sample_training_clip(recipe.seed, HELD_OUT, 100_000 + i, recipe.data)
+        mu, _ = vae.moments(to_video(render(clip, size, frames))[None])
+        samples.append(mu[0].flatten(1).double())
+    x = torch.cat(samples, 1)  # [z, N]
+    m = x.mean(1, keepdim=True)
+    values, axes = torch.linalg.eigh((x - m) @ (x - m).T / x.shape[1])
+    scale = (values + FLOOR).rsqrt()
+    mean = torch.tensor(vae.config.mean, dtype=torch.float64)[:, None]
+    std = torch.tensor(vae.config.std, dtype=torch.float64)[:, None]
+    # mu' = std * W (mu - m) + mean with W = diag(scale) U^T; the decoder first undoes it.
+    forward = std * (scale[:, None] * axes.T)  # [z, z]
+    backward = axes @ torch.diag(1 / scale) @ torch.diag(1 / std[:, 0])
+    z = vae.config.z
+    weight, bias = vae.conv1.weight, vae.conv1.bias
+    assert bias is not None and vae.conv2.bias is not None
+    old_weight, old_bias = weight[:z, :, 0, 0, 0].double(), bias[:z].double()[:, None]
+    weight[:z, :, 0, 0, 0] = (forward @ old_weight).to(weight.dtype)
+    bias[:z] = (forward @ (old_bias - m) + mean)[:, 0].to(bias.dtype)
+    out_weight, out_bias = vae.conv2.weight[:, :, 0, 0, 0].double(), vae.conv2.bias.double()[:, None]
+    vae.conv2.weight[:, :, 0, 0, 0] = (out_weight @ backward).to(weight.dtype)
+    vae.conv2.bias.copy_((out_weight @ (m - backward @ mean) + out_bias)[:, 0])
+
+
+def write_vae(vae: CausalVae, folder: Path) -> None:
+    """The VAE alone under its published name, bf16; `save_official` adds the rest of a model to it."""
+    from safetensors.torch import save_file
+
+    from wanloom.durable import atomic_path
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "Wan2.2_VAE.safetensors" if vae.config.residual else "Wan2.1_VAE.safetensors"
+    with atomic_path(folder / name) as part:
+        save_file({k: v.bfloat16().contiguous() for k, v in vae.state_dict().items()}, part, metadata={"format": "pt"})
