@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanloom.checkpoint.load import load_into, survey_vae
+from wanloom.checkpoint.load import load_into, survey_dit, survey_text, survey_vae
 from wanloom.demo.judge import judge
 from wanloom.demo.world import VOCABULARY, caption
 from wanloom.durable import sha256_file
@@ -97,10 +97,9 @@ class FlowTask:
 
     def _build(self) -> None:
         dtype = getattr(torch, self.recipe.dtype)
-        self.dit = init_for_training(DiT(self.variant.dit), torch_stream(self.recipe.seed)).to(dtype)
-        self.text = build_umt5(self.text_config).to(dtype)
-        if self.recipe.start is not None:
-            self._start(Path(self.recipe.start))
+        self.device = torch.device(self.recipe.device)
+        self.dit = init_for_training(DiT(self.variant.dit), torch_stream(self.recipe.seed)).to(self.device, dtype)
+        self.text = build_umt5(self.text_config).to(self.device, dtype)
         self.at_frame = AtFrame(self.variant.dit, self.latent_frames)
         self.dit.prepare.append(self.at_frame)
         use_kernel(self.dit, "plain")
@@ -108,8 +107,21 @@ class FlowTask:
             block.compile(dynamic=False)
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text": self.text}
 
-    def _start(self, folder: Path) -> None:
-        raise RuntimeError(f"start = {folder}")
+    @torch.no_grad()
+    def start(self, expert: str) -> None:
+        """Take text encoder and one expert of the recipe's `start`; new input channels begin at zero."""
+        home = Path(str(self.recipe.start))
+        weights, config = survey_dit(home / expert if (home / expert).is_dir() else home)
+        with torch.device("meta"):
+            other = DiT(config)
+        load_into(other, weights, dtype=torch.float32)
+        values = other.state_dict()
+        wide, narrow = self.dit.patch_embedding.weight, values.pop("patch_embedding.weight")
+        wide.zero_()[:, : narrow.shape[1]] = narrow.to(wide.dtype)
+        for name, p in self.dit.named_parameters():
+            if name != "patch_embedding.weight":
+                p.copy_(values[name])
+        load_into(self.text, survey_text(find_text(home))[0], dtype=self.text.dtype, device=str(self.device))
 
     def only(self, phase: Phase) -> tuple[str, ...] | None:
         return tuple(f"{name}." for name in phase.trains)
@@ -119,13 +131,13 @@ class FlowTask:
 
         All captions at once, padding masked: the same function as `encoders.encode_text`, which runs one at a time.
         """
-        ids, mask = self.tokenizer(captions, self.variant.dit.text_len)
+        ids, mask = (t.to(self.device) for t in self.tokenizer(captions, self.variant.dit.text_len))
         out: Tensor = self.text(input_ids=ids, attention_mask=mask).last_hidden_state
         return out * mask[..., None]
 
-    def batch(self, cache: LatentCache, indices: list[int], captions: list[str], context: Tensor) -> FlowBatch:
-        x0 = cache.latents[indices].float()
-        y = None if cache.y is None else cache.y[indices].float()
+    def batch(self, cache: LatentCache, indices: list[int], context: Tensor) -> FlowBatch:
+        x0 = cache.latents[indices].to(self.device, torch.float32)
+        y = None if cache.y is None else cache.y[indices].to(self.device, torch.float32)
         return FlowBatch(x0, context, y)
 
     def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -133,7 +145,7 @@ class FlowTask:
         rng = stream(seed, CAPTIONS, step, rank)
         indices = pick(seed, step, rank, self.ranks.size, stage.batch, len(self.clips.clips))
         context = self.encode(self.clips.captions(indices, rng, phase.flow.text_dropout))
-        batch = self.batch(self.clips, indices, [], context)
+        batch = self.batch(self.clips, indices, context)
         if stage.frames == 1:
             self.at_frame.place = int(stream(seed, BATCH, step).integers(self.latent_frames))  # alike on all ranks
             cut = slice(self.at_frame.place, self.at_frame.place + 1)
@@ -141,12 +153,12 @@ class FlowTask:
         else:
             self.at_frame.place = 0
             if phase.flow.first_frame:
-                held = torch.from_numpy(rng.random(len(indices)) < phase.flow.first_frame)
+                held = torch.from_numpy(rng.random(len(indices)) < phase.flow.first_frame).to(self.device)
                 batch = replace(batch, held=held)
         generator = torch_stream(seed, NOISE, step, rank)
         sigma = sample_sigmas(len(indices), phase.flow, generator)
         noise = torch.randn(batch.x0.shape, generator=generator)
-        loss, _ = flow_loss(self.dit, batch, sigma, noise)
+        loss, _ = flow_loss(self.dit, batch, sigma.to(self.device), noise.to(self.device))
         return loss, {}
 
     @torch.no_grad()
@@ -158,7 +170,7 @@ class FlowTask:
         rng = stream(self.recipe.seed, CAPTIONS, HELD_OUT)
         captions = self.held_out.captions(list(range(count)), rng, 0.0)
         context = self.encode([captions[i] for i in mine])
-        batch = self.batch(self.held_out, mine, [], context)
+        batch = self.batch(self.held_out, mine, context)
         noise = torch.stack(
             [
                 torch.randn(batch.x0.shape[1:], generator=torch_stream(self.recipe.seed, NOISE, HELD_OUT, i))
@@ -167,7 +179,8 @@ class FlowTask:
         )
         sums = torch.zeros(len(LEVELS))
         for k, level in enumerate(LEVELS):
-            sums[k] = flow_loss(self.dit, batch, torch.full((len(mine),), level), noise)[1].sum()
+            sigma = torch.full((len(mine),), level, device=self.device)
+            sums[k] = flow_loss(self.dit, batch, sigma, noise.to(self.device))[1].sum()
         losses = (self.ranks.sum_(sums) / count).tolist()
         inside = [v for v, s in zip(losses, LEVELS, strict=True) if phase.flow.low <= s <= phase.flow.high]
         report: dict[str, Any] = {
@@ -189,14 +202,14 @@ class FlowTask:
         mine = list(self.ranks.mine(min(watch.prompts, len(self.held_out.clips))))
         captions = [caption(self.held_out.clips[i], stream(seed, CAPTIONS, HELD_OUT, i)) for i in mine]
         context, empty = self.encode(captions), self.encode([""] * len(mine))
-        batch = self.batch(self.held_out, mine, [], context)
+        batch = self.batch(self.held_out, mine, context)
         x = torch.stack(
             [torch.randn(batch.x0.shape[1:], generator=torch_stream(seed, NOISE, HELD_OUT, i)) for i in mine]
         )
-        latents = self.denoise(x, batch, context, empty, given=given and not self.image)
+        latents = self.denoise(x.to(self.device), batch, context, empty, given=given and not self.image)
         totals, rows = torch.zeros(7), []
         for j, i in enumerate(mine):
-            out = self.vae.decode(latents[j : j + 1])[0][0]
+            out = self.vae.decode(latents[j : j + 1].cpu())[0][0]
             verdict = judge(to_frames(out), self.held_out.clips[i])
             marks = (verdict.background, verdict.colour, verdict.shape, verdict.motion, verdict.all_right)
             totals += torch.tensor([1.0, *map(float, marks), verdict.iou])
@@ -213,13 +226,13 @@ class FlowTask:
         guidance = self.recipe.watch.guidance
         options: dict[str, Tensor] = {} if batch.y is None else {"y": batch.y}
         if given:
-            options["group"] = (torch.arange(x.shape[2]) == 0).long()
+            options["group"] = (torch.arange(x.shape[2], device=x.device) == 0).long()
             x = torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             if given:
                 x = torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2)
-            times = torch.tensor([[t, 0.0] if given else [t]]).expand(len(x), -1)
+            times = x.new_tensor([[t, 0.0] if given else [t]]).expand(len(x), -1)
             v = self.dit(x, times, context, **options)
             v0 = self.dit(x, times, empty, **options)
             out: Tensor = v0 + guidance * (v - v0)
@@ -236,6 +249,12 @@ class FlowTask:
             from wanloom.train.export import write_checkpoint
 
             write_checkpoint(self.recipe, self.folder, self.variant, self.text_config, self.vae)
+
+
+def find_text(folder: Path) -> Path:
+    """The text encoder's file of a checkpoint in the published layout."""
+    usual = folder / "models_t5_umt5-xxl-enc-bf16.safetensors"
+    return next(iter(sorted(folder.glob("models_t5_*.safetensors"))), usual)
 
 
 def load_vae(folder: Path) -> tuple[CausalVae, str]:

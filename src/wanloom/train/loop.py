@@ -31,6 +31,9 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]
 
+    def start(self, expert: str) -> None:
+        """Take the weights of an expert of the recipe's `start` checkpoint."""
+
     def only(self, phase: Phase) -> tuple[str, ...] | None:
         """Prefixes of the parameters that this phase trains; None: all."""
 
@@ -87,7 +90,9 @@ def _run_phase(task: Task, phase: Phase, recipe: Recipe, ranks: Ranks, folder: P
     if done.exists():
         start_from(task, done)
         return
-    if phase.init is not None:
+    if phase.init is not None and phase.init.startswith("start:"):
+        task.start(phase.init.removeprefix("start:"))
+    elif phase.init is not None:
         start_from(task, folder / phase.init / "average.safetensors")
     learner = Learner(task.modules, phase.optim, ranks, task.only(phase))
     home.mkdir(parents=True, exist_ok=True)

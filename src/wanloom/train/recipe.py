@@ -67,7 +67,7 @@ class Flow(Table):
 
 class Phase(Table):
     name: str
-    init: str | None = None  # the name of an earlier phase, whose average this one starts from
+    init: str | None = None  # the earlier phase whose average this one starts from, or "start:EXPERT" of `start`
     trains: tuple[Literal["dit", "text", "vae", "decoder"], ...] = ("dit", "text")
     optim: Optim = Optim()
     flow: Flow = Flow()
@@ -119,7 +119,7 @@ class Recipe(Table):
     compile: bool = False
     checkpointing: bool = False  # recompute blocks in the backward pass
     vae: str | None = None  # flow: the checkpoint directory whose VAE is used, frozen
-    start: str | None = None  # a checkpoint directory to start the first phase from
+    start: str | None = None  # a checkpoint directory that phases with init = "start:..." begin from
     data: Data = Data()
     watch: Watch = Watch()
     phases: tuple[Phase, ...] = Field(min_length=1)
@@ -128,7 +128,10 @@ class Recipe(Table):
     def _consistent(self) -> Recipe:
         seen: set[str] = set()
         for phase in self.phases:
-            if phase.init is not None and phase.init not in seen:
+            from_start = phase.init is not None and phase.init.startswith("start:")
+            if from_start and (self.start is None or self.kind != "flow"):
+                raise ValueError(f"phase '{phase.name}' begins from a checkpoint; a flow recipe names it in `start`")
+            if phase.init is not None and not from_start and phase.init not in seen:
                 raise ValueError(f"phase '{phase.name}' starts from '{phase.init}', which is no earlier phase")
             if phase.name in seen:
                 raise ValueError(f"two phases are called '{phase.name}'")

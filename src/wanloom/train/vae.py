@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wanloom.demo.judge import judge
 from wanloom.demo.world import caption, render
+from wanloom.errors import InputError
 from wanloom.models.vae import CausalVae, init_for_training
 from wanloom.train.data import HELD_OUT, NOISE, sample_training_clip, stream, to_video, torch_stream, vae_batch
 from wanloom.train.objective import vae_loss
@@ -32,7 +33,7 @@ FLOOR = 0.1
 
 def to_frames(video: Tensor) -> np.ndarray:
     """float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+    return ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 class VaeTask:
@@ -47,11 +48,15 @@ class VaeTask:
         with torch.no_grad():  # start with little noise, which would hide the signal
             assert self.vae.conv1.bias is not None
             self.vae.conv1.bias[variant.vae.z :] = -6
-        self.vae.to(getattr(torch, recipe.dtype))
+        self.device = torch.device(recipe.device)
+        self.vae.to(self.device, getattr(torch, recipe.dtype))
         for module in self.vae.modules():
             if isinstance(module, nn.Conv3d):  # a third faster in bf16 on a CPU
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def start(self, expert: str) -> None:
+        raise InputError("E4032", f"a VAE recipe cannot begin from '{expert}' of a checkpoint")
 
     def only(self, phase: Phase) -> tuple[str, ...] | None:
         return None if "vae" in phase.trains else ("vae.decoder.", "vae.conv2.")
@@ -64,7 +69,7 @@ class VaeTask:
             len(video), self.vae.config.z, latents, side, side,
             generator=torch_stream(self.recipe.seed, NOISE, step, self.ranks.rank),
         )  # fmt: skip
-        return vae_loss(self.vae, video, phase.loss, step, noise)
+        return vae_loss(self.vae, video.to(self.device), phase.loss, step, noise.to(self.device))
 
     @torch.no_grad()
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
@@ -76,17 +81,17 @@ class VaeTask:
         for i in self.ranks.mine(count):
             clip = sample_training_clip(self.recipe.seed, HELD_OUT, i, self.recipe.data)
             pixels = render(clip, self.size, self.frames)
-            video = to_video(pixels)[None]
+            video = to_video(pixels)[None].to(self.device)
             mu, _ = self.vae.moments(video)
             out = self.vae.render(mu)[0]
             std = mu.std((0, 2, 3, 4), keepdim=True)
             noise = torch.randn(mu.shape, generator=torch_stream(self.recipe.seed, NOISE, i))
-            noisy = self.vae.render(mu + 0.3 * std * noise)[0]
+            noisy = self.vae.render(mu + 0.3 * std * noise.to(self.device))[0]
             verdict, noisy_verdict = judge(to_frames(out), clip), judge(to_frames(noisy), clip)
             mse = F.mse_loss(out.clamp(-1, 1), video[0]) / 4
             scores = [verdict.shape, verdict.motion, verdict.all_right, noisy_verdict.shape, noisy_verdict.all_right]
             totals += torch.tensor([1.0, -10 * float(mse.log10()), verdict.iou, *map(float, scores)])
-            spread += mu.std((0, 1, 3, 4))
+            spread += mu.std((0, 1, 3, 4)).cpu()
             rows.append((caption(clip, stream(i)), [pixels, to_frames(out), to_frames(noisy)]))
         self.ranks.sum_(totals)
         self.ranks.sum_(spread)
@@ -99,7 +104,7 @@ class VaeTask:
     def finish(self) -> None:
         """Whiten and write `checkpoint/` (rank 0)."""
         if self.ranks.first:
-            self.vae.float()
+            self.vae.float().cpu()
             whiten(self.vae, self.recipe, self.size, self.frames, clips=min(192, self.recipe.data.clips))
             write_vae(self.vae, self.folder / "checkpoint")
 
