@@ -337,28 +337,36 @@ def parse(prompt: str) -> Wanted:
     return Wanted(background, tuple(things))
 
 
-def example_prompts(n: int, held_out: bool = True, seed: int = 0, objects: int = 1) -> list[str]:
-    """`n` prompts, always the same for the same arguments.
+def examples(n: int, held_out: bool = True, seed: int = 0, objects: int = 1) -> list[tuple[Clip, str]]:
+    """`n` clips and a caption of each, always the same for the same arguments.
 
-    One-object prompts go through the held-out (or trained) combinations in a shuffled order, each once before any
-    comes again; two-object prompts hold at least one held-out combination (or none).
+    One-object clips go through the held-out (or trained) combinations in a shuffled order, each once before any
+    comes again; two-object clips hold at least one held-out combination (or none).
     """
     rng = np.random.default_rng((seed, objects, int(held_out)))
+    chosen: list[tuple[Clip, str]] = []
     if objects == 2:
-        return [caption(sample_clip(rng, objects=2, split="held_out" if held_out else "train"), rng) for _ in range(n)]
+        for _ in range(n):
+            pair = sample_clip(rng, objects=2, split="held_out" if held_out else "train")
+            chosen.append((pair, caption(pair, rng)))
+        return chosen
     every = [
         c
         for c in product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS)
         if held_out_combination(c[1], c[0], *c[2:]) == held_out
     ]
     order = rng.permutation(len(every))
-    prompts: list[str] = []
-    while len(prompts) < n:
-        shape, colour, motion, background = every[order[len(prompts) % len(every)]]
+    while len(chosen) < n:
+        shape, colour, motion, background = every[order[len(chosen) % len(every)]]
         clip = compose(rng, background, [(shape, colour, motion)])
         if clip is not None:
-            prompts.append(caption(clip, rng))
-    return prompts
+            chosen.append((clip, caption(clip, rng)))
+    return chosen
+
+
+def example_prompts(n: int, held_out: bool = True, seed: int = 0, objects: int = 1) -> list[str]:
+    """The captions of `examples`: prompts to try a demo model on."""
+    return [text for _, text in examples(n, held_out, seed, objects)]
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing

@@ -1,0 +1,553 @@
+"""A Plan: a Request with every number decided.  Pure functions, no torch, no file is opened.
+
+`--dry-run` prints it, the job folder keeps it, the mp4 carries it, `--like` replays it: whatever decides how a video
+looks stands here, and nothing about where or how fast it is computed.  Inputs appear by role, base name and SHA-256,
+so that a Plan can be passed around without saying anything about the machine it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from wanloom.errors import InputError
+from wanloom.request import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    Request,
+    Size,
+    check_device,
+    check_out,
+    check_prompt,
+    check_sampler,
+    parse_size,
+)
+from wanloom.sampling.schedule import Schedule, explicit_schedule, make_schedule
+from wanloom.variants import Variant
+
+T = TypeVar("T")
+
+FORMAT = 1  # of the JSON; raised when a field changes its meaning
+GRID = 1024  # positions per axis of the model's rotation table (official rope_params(1024, ...))
+MAX_JSON = 1 << 20  # a Plan of 1000 steps has 60 kB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A file the video is made from: role ("image", "last_image"), base name, SHA-256, size in pixels (w, h)."""
+
+    role: str
+    name: str
+    sha256: str
+    size: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Steps start..stop-1 run on `expert` with this guidance scale (1: the unconditional pass is skipped)."""
+
+    expert: str
+    start: int
+    stop: int
+    guidance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One clip of the video: pixel frames, the latent's shape (C, T, h, w), the seed of its noise."""
+
+    index: int
+    frames: int
+    latent: tuple[int, int, int, int]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every number of a run.  `asked` is the size the request (or the model) named; `size` is what is made."""
+
+    format: int = FORMAT
+    variant: str
+    task: str
+    demo: bool
+    prompt: str
+    negative_prompt: str
+    asked: Size
+    size: Size
+    frames: int
+    fps: int
+    quality: int
+    sampler: str
+    steps: int
+    shift: float | None  # None: the noise levels were given one by one
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    guidance: tuple[float, float]  # (low-noise expert, high-noise expert)
+    spans: tuple[Span, ...]
+    seed: int
+    noise_device: str
+    segments: tuple[Segment, ...]
+    inputs: tuple[Input, ...] = ()
+    notes: tuple[str, ...] = ()  # worth one warning line each
+
+    @property
+    def latent(self) -> tuple[int, int, int, int]:
+        """Shape (C, T, h, w) of the first segment's latent; a plan of one segment has no other."""
+        return self.segments[0].latent
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(sigmas=self.sigmas, timesteps=self.timesteps)
+
+    def input(self, role: str) -> Input | None:
+        """The input with this role, or None."""
+        return next((item for item in self.inputs if item.role == role), None)
+
+    def span_at(self, step: int) -> Span:
+        """Which expert runs this step, and with which guidance."""
+        return next(span for span in self.spans if span.start <= step < span.stop)
+
+    def with_seed(self, seed: int) -> Plan:
+        """The same video with other noise (`--num`: seeds s, s+1, ...)."""
+        _seed(seed)
+        segments = tuple(replace(part, seed=part.seed - self.seed + seed) for part in self.segments)
+        return replace(self, seed=seed, segments=segments)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The Plan as JSON; `from_json` gives back an equal one, to the last bit."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a Plan strictly.  Error: E3022 for anything else than a Plan of this format, naming the field."""
+        if len(text) > MAX_JSON:
+            raise InputError("E3022", f"plan: {len(text)} bytes, a plan has at most {MAX_JSON}.")
+        try:
+            data = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+            raise InputError("E3022", f"plan: not readable ({str(error)[:120]}).") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InputError("E3022", f"plan: expected a plan of format {FORMAT}.")
+        plan: Plan = _decode(cls, data, "plan")
+        _check_whole(plan)
+        return plan
+
+
+def make_plan(
+    request: Request,
+    variant: Variant,
+    *,
+    image_size: Size | None = None,
+    last_image_size: Size | None = None,
+    inputs: Sequence[Input] = (),
+    draft: bool = False,
+    random_seed: Callable[[], int] | None = None,
+) -> Plan:
+    """Decide every number of a request for one model.
+
+    image_size, last_image_size: pixels (w, h) of the pictures, read from their headers by the caller; `inputs` has
+    them too and is recorded.  draft=True is for counting bytes: prompt and pictures may be absent.
+    random_seed: what seed -1 becomes (a random number by default).
+
+    Errors: InputError E2002 to E2017, E2023 and E2029 to E2032, one per mistake, each naming the field and the cure.
+    """
+    check_request(request, variant, draft=draft)
+    given = {item.role: item.size for item in inputs}
+    image = image_size or given.get("image")
+    if request.image is not None and image is None and not draft:
+        raise InputError("E2015", "image: its size is not known; read the picture before planning.")
+    asked, size = _sizes(request, variant, image)
+    frames = _frames(request, variant)
+    if request.last_image is not None and frames == 1:
+        raise InputError(
+            "E2005", f"frames: got 1, a last picture needs a second frame. Use {variant.vae.stride[0] + 1}."
+        )
+    latent = latent_shape(variant, size, frames)
+    shift, schedule = _schedule(request, variant, asked)
+    low_high = _guidance(request, variant)
+    seed = _decide_seed(request, random_seed)
+    negative = request.negative_prompt or variant.defaults.negative_prompt
+    return Plan(
+        variant=variant.name,
+        task=variant.task,
+        demo=variant.demo,
+        prompt=request.prompt,
+        negative_prompt=negative,
+        asked=asked,
+        size=size,
+        frames=frames,
+        fps=_default(request.fps, variant.defaults.fps),
+        quality=variant.defaults.quality,
+        sampler=_default(request.sampler, variant.defaults.sampler),
+        steps=schedule.steps,
+        shift=shift,
+        sigmas=schedule.sigmas,
+        timesteps=schedule.timesteps,
+        guidance=low_high,
+        spans=expert_spans(variant, schedule.timesteps, low_high),
+        seed=seed,
+        noise_device=_default(request.noise_device, "cpu"),
+        segments=(Segment(index=0, frames=frames, latent=latent, seed=seed),),
+        inputs=tuple(inputs),
+        notes=_notes(variant, asked),
+    )
+
+
+def request_like(plan: Plan) -> Request:
+    """The request that makes this Plan again: every value explicit.  Pictures are not part of it: give them anew."""
+    low, high = plan.guidance
+    explicit = plan.shift is None
+    return Request(
+        task=plan.variant if plan.demo else plan.task,
+        prompt=plan.prompt,
+        negative_prompt=plan.negative_prompt,
+        size=plan.asked,
+        frames=plan.frames,
+        steps=None if explicit else plan.steps,
+        shift=plan.shift,
+        sigmas=plan.sigmas if explicit else None,
+        guidance=low if low == high else (low, high),
+        sampler=plan.sampler,
+        seed=plan.seed,
+        fps=plan.fps,
+        noise_device=plan.noise_device,
+    )
+
+
+def differences(plan: Plan, other: Plan) -> tuple[str, ...]:
+    """The names of the fields in which two Plans differ (notes do not count); empty: the same video."""
+    names = (entry.name for entry in fields(Plan) if entry.name != "notes")
+    return tuple(name for name in names if getattr(plan, name) != getattr(other, name))
+
+
+def check_request(request: Request, variant: Variant, *, draft: bool = False) -> None:
+    """Everything about a request that can be wrong without knowing the pictures' sizes."""
+    if request.task not in (None, variant.task, variant.name):
+        raise InputError("E2002", f"task: got {request.task}, but the model is {variant.name}. Load that task's model.")
+    check_prompt(request.prompt)
+    if not request.prompt.strip() and not draft:
+        raise InputError("E2012", "prompt: is empty. Say what the video shows.")
+    if request.negative_prompt is not None:
+        check_prompt(request.negative_prompt, "negative-prompt")
+    if request.out is not None:
+        check_out(request.out)
+    _check_pictures(request, variant, draft)
+    _whole_between(request.fps, "fps", "E2032", 1, 120)
+    _whole_between(request.num, "num", "E2029", 1, 10_000)
+    _whole_between(request.save_every, "save-every", "E2030", 1, MAX_STEPS)
+    if request.sampler is not None:
+        check_sampler(request.sampler)
+    if request.device is not None:
+        check_device(request.device, "device")
+    if request.noise_device is not None:
+        check_device(request.noise_device, "noise-device")
+        if request.device == "cpu" and request.noise_device != "cpu":
+            raise InputError(
+                "E2023", f"noise-device: {request.noise_device} conflicts with --device cpu. Use one of the two."
+            )
+
+
+def _check_pictures(request: Request, variant: Variant, draft: bool) -> None:
+    for role, option in (("image", "--image"), ("last_image", "--last-image")):
+        given = getattr(request, role) is not None
+        if given and not variant.takes(role):
+            raise InputError(
+                "E2016", f"{option[2:]}: not used by {variant.name}. Leave it out, or choose a task for it."
+            )
+        if not given and variant.needs(role) and not draft:
+            raise InputError("E2015", f"{option[2:]}: {variant.name} needs a picture. Give {option} FILE.")
+    if request.last_image is not None and request.image is None:
+        raise InputError("E2015", "image: a last image needs a first one. Give --image FILE.")
+
+
+# --- size ----------------------------------------------------------------------------------------------------------
+
+
+def image_area_size(image: Size, area: int, stride: int = 8, patch: int = 2) -> Size:
+    """Width and height of an i2v video: multiples of stride * patch, at most `area` pixels, about the picture's aspect.
+
+    The official rule with its floating-point floor (wan/image2video.py): 832x480 pictures at that area give 832x464.
+    """
+    width, height = image
+    aspect = height / width
+    rows = int(math.sqrt(area * aspect) // stride // patch * patch)
+    columns = int(math.sqrt(area / aspect) // stride // patch * patch)
+    return columns * stride, rows * stride
+
+
+def best_area_size(image: Size, area: int, multiple: int) -> Size:
+    """Width and height of a ti2v video with a picture: the better of rounding width first or height first.
+
+    The official rule (wan/utils/utils.py, best_output_size); (0, 0) when nothing fits the area.
+    """
+    width, height = image
+    ratio = width / height
+    wide = math.sqrt(area * ratio)
+    high = area / wide
+    candidates = []
+    columns = int(wide // multiple * multiple)
+    if columns:
+        candidates.append((columns, int(area / columns // multiple * multiple)))
+    rows = int(high // multiple * multiple)
+    if rows:
+        candidates.append((int(area / rows // multiple * multiple), rows))
+
+    def error(size: Size) -> float:
+        made = size[0] / size[1]
+        return max(ratio / made, made / ratio)
+
+    fitting = [size for size in candidates if min(size) > 0]
+    if not fitting:
+        return 0, 0
+    # Of two equal ones the second wins: the official comparison is strict.
+    return min(reversed(fitting), key=error)
+
+
+def latent_shape(variant: Variant, size: Size, frames: int) -> tuple[int, int, int, int]:
+    """(C, T, h, w) of a video of this size (w, h) and frame count."""
+    time, down, right = variant.vae.stride
+    return variant.vae.z, (frames - 1) // time + 1, size[1] // down, size[0] // right
+
+
+def _sizes(request: Request, variant: Variant, image: Size | None) -> tuple[Size, Size]:
+    """The size named, and the size made: with a picture only the area counts."""
+    asked = _asked_size(request, variant)
+    multiple = variant.multiple
+    size = asked
+    if image is not None and variant.conditioner != "text":
+        _check_side_pair(image, "image", "E3007")
+        area = asked[0] * asked[1]
+        if variant.conditioner == "image":
+            size = image_area_size(image, area, variant.vae.stride[1], variant.dit.patch[1])
+        else:
+            size = best_area_size(image, area, multiple)
+        if min(size) <= 0:
+            raise InputError(
+                "E2004",
+                f"size: a picture of {image[0]}x{image[1]} does not fit the area of {asked[0]}x{asked[1]} in multiples "
+                f"of {multiple}. Use a larger size, or a picture less narrow.",
+            )
+    for side in size:
+        if side // multiple > GRID:
+            raise InputError(
+                "E2004",
+                f"size: {size[0]}x{size[1]} is above the {GRID} positions per axis of {variant.name}: "
+                f"at most {GRID * multiple} pixels a side. Published sizes: {_listed(variant)}.",
+            )
+    return asked, size
+
+
+def _asked_size(request: Request, variant: Variant) -> Size:
+    size = request.size
+    if size is None:
+        return variant.defaults.size
+    if isinstance(size, str):
+        size = parse_size(size)
+    width, height = _check_side_pair(size, "size", "E2003")
+    multiple = variant.multiple
+    if width % multiple or height % multiple:
+        near = _nearest((width, height), multiple)
+        raise InputError(
+            "E2003",
+            f"size: got {width}x{height}, expected WIDTHxHEIGHT in multiples of {multiple}. Use {near[0]}x{near[1]}.",
+        )
+    return width, height
+
+
+def _check_side_pair(size: object, name: str, code: str) -> Size:
+    if not (isinstance(size, tuple | list) and len(size) == 2 and all(type(side) is int for side in size)):
+        raise InputError(code, f"{name}: got {size!r}, expected width and height in pixels.")
+    width, height = size
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise InputError(code, f"{name}: got {width}x{height}, expected sides of 1 to {MAX_SIDE} pixels.")
+    return width, height
+
+
+def _nearest(size: Size, multiple: int) -> Size:
+    width, height = (max(multiple, round(side / multiple) * multiple) for side in size)
+    return width, height
+
+
+def _listed(variant: Variant) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in variant.sizes)
+
+
+def _notes(variant: Variant, asked: Size) -> tuple[str, ...]:
+    if asked in variant.sizes:
+        return ()
+    return (f"size: {asked[0]}x{asked[1]} is not one {variant.name} was trained for ({_listed(variant)}).",)
+
+
+# --- frames, schedule, guidance, seed --------------------------------------------------------------------------------
+
+
+def _frames(request: Request, variant: Variant) -> int:
+    frames = _default(request.frames, variant.defaults.frames)
+    stride = variant.vae.stride[0]
+    limit = stride * (GRID // variant.dit.patch[0] - 1) + 1
+    if type(frames) is not int or frames < 1:
+        raise InputError("E2005", f"frames: got {frames}, this model makes {stride}n+1. Use 1 or {stride + 1}, 81, ...")
+    if frames > limit:
+        raise InputError("E2006", f"frames: got {frames}, above the limit of {limit}.")
+    if (frames - 1) % stride:
+        below = (frames - 1) // stride * stride + 1
+        above = min(below + stride, limit)
+        raise InputError("E2005", f"frames: got {frames}, this model makes {stride}n+1. Use {below} or {above}.")
+    return frames
+
+
+def _schedule(request: Request, variant: Variant, asked: Size) -> tuple[float | None, Schedule]:
+    sampler = _default(request.sampler, variant.defaults.sampler)
+    if request.sigmas is not None:
+        if request.steps is not None or request.shift is not None:
+            raise InputError("E2023", "sigmas: they already say steps and shift. Leave --steps and --shift out.")
+        return None, explicit_schedule(sampler, request.sigmas)
+    _whole_between(request.steps, "steps", "E2007", 1, MAX_STEPS)
+    steps = _default(request.steps, variant.defaults.steps)
+    shift = _default(request.shift, variant.defaults.shift_for(asked))
+    if not _is_number(shift) or shift <= 0:
+        raise InputError("E2009", f"shift: got {shift}, must be a number above 0.")
+    return float(shift), make_schedule(sampler, steps, float(shift))
+
+
+def _guidance(request: Request, variant: Variant) -> tuple[float, float]:
+    """(low, high): one number counts for both, the two single options win over it."""
+    value = _default(request.guidance, variant.defaults.guidance)
+    pair = value if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2:
+        raise InputError("E2008", f"guidance: got {value}, expected one number, or two: low,high.")
+    low, high = _default(request.guidance_low, pair[0]), _default(request.guidance_high, pair[1])
+    for scale in (low, high):
+        if not _is_number(scale) or not 0 <= scale <= MAX_GUIDANCE:
+            raise InputError("E2008", f"guidance: got {scale}, expected a number from 0 to {MAX_GUIDANCE:g}.")
+    if len(variant.experts) == 1 and low != high:
+        raise InputError("E2008", f"guidance: got {low},{high}, but {variant.name} has one expert. Give one number.")
+    return float(low), float(high)
+
+
+def expert_spans(variant: Variant, timesteps: Sequence[float], guidance: tuple[float, float]) -> tuple[Span, ...]:
+    """Which expert runs which steps: t >= from_t * 1000, compared in double precision, high noise first."""
+    spans: list[Span] = []
+    for step, t in enumerate(timesteps):
+        expert = variant.expert_at(t)
+        if spans and spans[-1].expert == expert:
+            spans[-1] = replace(spans[-1], stop=step + 1)
+        else:
+            scale = variant.guidance_at(t, guidance)
+            spans.append(Span(expert=expert, start=step, stop=step + 1, guidance=scale))
+    return tuple(spans)
+
+
+def _decide_seed(request: Request, random_seed: Callable[[], int] | None) -> int:
+    seed = -1 if request.seed is None else request.seed
+    if type(seed) is int and seed == -1:
+        # 32 bits: short enough to read out, and noise differs between any two of them.
+        seed = random_seed() if random_seed else secrets.randbelow(2**32)
+    _seed(seed)
+    _seed(seed + request.num - 1)
+    return seed
+
+
+def _seed(seed: object) -> None:
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise InputError("E2010", f"seed: got {seed}, expected 0..2^63-1, or -1 for a random one.")
+
+
+def _whole_between(value: object, name: str, code: str, low: int, high: int) -> None:
+    """None (not given) or a whole number in low..high."""
+    if value is not None and (type(value) is not int or not low <= value <= high):
+        raise InputError(code, f"{name}: got {value}, expected a whole number, {low}..{high}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _default(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("a key appears twice")
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """`value` (from JSON) as the annotated type `kind`; nothing is guessed or converted but int to float."""
+    origin = get_origin(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode_object(kind, value, path)
+    if origin in (Union, UnionType):
+        choices = [choice for choice in get_args(kind) if choice is not NoneType]
+        return None if value is None else _decode(choices[0], value, path)
+    if origin is tuple:
+        parts = get_args(kind)
+        if isinstance(value, list) and (parts[-1] is Ellipsis or len(parts) == len(value)):
+            kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+            return tuple(
+                _decode(each, item, f"{path}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True))
+            )
+        raise _wrong(path, kind, value)
+    if kind is float and type(value) is int and abs(value) <= 2**53:
+        return float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise _wrong(path, kind, value)
+    return value
+
+
+def _decode_object(kind: Any, value: Any, path: str) -> Any:
+    hints = get_type_hints(kind)
+    if not isinstance(value, dict) or set(value) != set(hints):
+        found = set(value) if isinstance(value, dict) else set()
+        odd = ", ".join(sorted(found ^ set(hints))[:5])
+        raise InputError("E3022", f"{path}: keys missing or unknown: {odd}.")
+    return kind(**{name: _decode(hints[name], item, f"{path}.{name}") for name, item in value.items()})
+
+
+def _wrong(path: str, kind: Any, value: Any) -> InputError:
+    name = getattr(kind, "__name__", str(kind))
+    return InputError("E3022", f"{path}: got {str(value)[:60]!r}, expected {name}.")
+
+
+def _check_whole(plan: Plan) -> None:
+    """A Plan read from a file must hold together: it is going to decide how much is computed and kept."""
+    whole = (
+        1 <= plan.steps <= MAX_STEPS
+        and len(plan.timesteps) == plan.steps == len(plan.sigmas) - 1
+        and _cover(plan.spans, plan.steps)
+        and len(plan.segments) >= 1
+        and all(0 <= part.seed <= MAX_SEED and _is_latent(part.latent) for part in plan.segments)
+        and all(1 <= side <= MAX_SIDE for side in (*plan.size, *plan.asked))
+        and 0 <= plan.seed <= MAX_SEED
+        and 1 <= plan.frames <= MAX_SIDE
+    )
+    if not whole:
+        raise InputError("E3022", "plan: its numbers do not fit together.")
+
+
+def _cover(spans: Sequence[Span], steps: int) -> bool:
+    """Whether the spans are steps 0..steps-1, one after the other."""
+    edges = [0, *(span.stop for span in spans)]
+    return edges[-1] == steps and all(
+        span.start == edge < span.stop for edge, span in zip(edges[:-1], spans, strict=True)
+    )
+
+
+def _is_latent(shape: Sequence[int]) -> bool:
+    return all(1 <= side <= MAX_SIDE for side in shape) and shape[1] <= GRID

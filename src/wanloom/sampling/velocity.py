@@ -1,0 +1,116 @@
+"""What a sampler follows: a model under its conditioning, under guidance, under a choice of experts.
+
+Everything here makes a `Velocity`, a function (x, t) -> v, from functions; a forward function is called like
+`DiT.forward`: forward(x, t [B, G], **conditioning).  Put together, for a model of two experts:
+
+    def bind(name, forward):
+        return guided(conditioned(forward, cond), conditioned(forward, uncond), guidance[name])
+
+    with Experts((("high_noise_model", 0.875), ("low_noise_model", 0.0)), use, bind) as velocity:
+        for step in SAMPLERS["unipc"](velocity, noise, schedule): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+
+from torch import Tensor
+
+from wanloom.sampling.samplers import Velocity
+
+Forward = Callable[..., Tensor]  # (x [B, C, F, H, W], t [B, G], **conditioning) -> v [B, C, F, H, W] float32
+
+
+def conditioned(forward: Forward, conditioning: Mapping[str, Tensor | None]) -> Velocity:
+    """The model with everything given but x and t.
+
+    With a `group` in the conditioning the model gets the two timesteps [t, 0], and frames of group 1 are the clean
+    ones; without it [t].
+    """
+    columns = 1 if conditioning.get("group") is None else 2
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times = x.new_zeros(x.shape[0], columns)
+        times[:, 0] = t
+        return forward(x, times, **conditioning)
+
+    return velocity
+
+
+def guided(cond: Velocity, uncond: Velocity | None, scale: float) -> Velocity:
+    """v_uncond + scale * (v_cond - v_uncond).  With scale 1, or nothing to guide away from, `cond` alone is called."""
+    if uncond is None or scale == 1:
+        return cond
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        with_prompt = cond(x, t)
+        without = uncond(x, t)
+        return without + scale * (with_prompt - without)
+
+    return velocity
+
+
+def expert_for(experts: Sequence[tuple[str, float]], t: float) -> str:
+    """The name of the first expert in ((name, boundary in [0, 1]), ...) with t >= boundary * 1000, in float64.
+
+    `t` is the timestep the model is given (cut to a whole number where the sampler does so), not 1000 * sigma.
+    Raises ValueError when no expert covers t.
+    """
+    for name, boundary in experts:
+        if t >= boundary * 1000:
+            return name
+    raise ValueError(f"no expert takes t = {t}: {tuple(experts)}")
+
+
+def by_expert(models: Sequence[tuple[Velocity, float]]) -> Velocity:
+    """One velocity of several that are all at hand: ((velocity, boundary in [0, 1]), ...), high noise first."""
+    table = [(str(i), boundary) for i, (_, boundary) in enumerate(models)]
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return models[int(expert_for(table, t))][0](x, t)
+
+    return velocity
+
+
+class Experts:
+    """A velocity of experts of which one at a time is in memory: the one in use is closed before the next is opened.
+
+    `use(name)` is a context manager that brings an expert in and gives its forward function; `bind(name, forward)`
+    makes the expert's velocity.  As timesteps fall, each expert is opened at most once in a run.  Leave the `with`
+    block to close the last one.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[tuple[str, float]],
+        use: Callable[[str], AbstractContextManager[Forward]],
+        bind: Callable[[str, Forward], Velocity],
+    ) -> None:
+        self.experts = tuple(experts)
+        self.name: str | None = None  # of the expert in use
+        self._use, self._bind = use, bind
+        self._stack = ExitStack()
+        self._velocity: Velocity | None = None
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        name = expert_for(self.experts, t)
+        if name != self.name or self._velocity is None:
+            self.close()
+            self._velocity = self._bind(name, self._stack.enter_context(self._use(name)))
+            self.name = name
+        return self._velocity(x, t)
+
+    def close(self) -> None:
+        """Give back the expert in use, if any."""
+        self.name = self._velocity = None  # first: the velocity holds the model's weights
+        self._stack.close()
+
+    def __enter__(self) -> Experts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
