@@ -7,6 +7,7 @@ Every error has a code. Its first digit is the exit code of the process: 2 usage
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -45,6 +46,12 @@ class WanloomWarning(UserWarning):
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of a sentence: "Did you mean 'unipc'? There are: dpm++, euler, unipc."."""
     names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    guess = f"Did you mean '{near[0]}'? " if near else ""
+
+    def likeness(name: str) -> tuple[float, int]:
+        # Of equally near names the one that begins alike: "t2v-15B" was to be t2v-14B, not ti2v-5B.
+        ratio = difflib.SequenceMatcher(None, given, name).ratio()
+        return ratio, len(os.path.commonprefix([given, name]))
+
+    near = max(names, key=likeness, default="")
+    guess = f"Did you mean '{near}'? " if near and likeness(near)[0] >= 0.5 else ""
     return f"{guess}There are: {', '.join(names)}."

@@ -24,7 +24,7 @@ def count(n: int, like: Tensor) -> Tensor:
 
 
 def rope_table(grid: tuple[int, int, int], head_dim: int, like: Tensor) -> Tensor:
-    """The rotation of every token of a grid (frames, rows, columns): [F*H*W, D/2] complex, as precise as `like`.
+    """cos and sin of every token of a grid (frames, rows, columns): [F*H*W, D/2, 2] in the dtype of `like`.
 
     The D/2 pairs are dealt to the axes in that order; each axis turns its pair j of A/2 by position * 10000^(-2j/A).
     Computed in float64, because position times the first frequency is an angle of up to 1000 radians.
@@ -39,7 +39,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, like: Tensor) -> Tenso
         shape[axis] = size
         angles.append(angle.view(shape).expand(*grid, -1))
     angle = torch.cat(angles, -1).flatten(0, 2)  # [L, D/2]
-    return torch.complex(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
+    return torch.stack((angle.cos(), angle.sin()), -1).to(like.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:

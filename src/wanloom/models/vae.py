@@ -1,22 +1,28 @@
 """The causal video VAE: pixels to latents and back, in one pass or frame by frame.
 
-What is causal?  A latent never depends on later pixels and a pixel never on later latents: every 3D convolution pads time
-on the left only.  The first frame stands alone; after it `stride[0]` pixel frames (four in both releases) make a latent.
+What is causal?  A latent never depends on later pixels and a pixel never on later latents: every 3D convolution pads
+time on the left only.  The first frame stands alone; after it `stride[0]` pixel frames (four in both releases) make a
+latent.
 
 What is streaming?  A layer that looks back in time needs the last one or two frames of its input.  These tails are the
 only state; they come in and go out as a `VaeState` and never stay on the module.  So one code serves a whole clip
 (training), one latent at a time (memory flat in frames) and everything between, and all give the same numbers.
 
-Tensor names and their indices are the official ones (Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`), so a state_dict of this
-module is an official checkpoint.  Parameters run in the dtype they are loaded in; norms and latent statistics are computed in
-float32 at least.
+Inside, tensors are [B, T, H, W, C]: frames and positions are then rows of channels, so that norms read one row, images
+and pointwise convolutions are views, and convolutions run in the layout they like best.  The public methods speak
+[B, C, T, H, W].
+
+Tensor names and their indices are the official ones (Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`), so a state_dict of
+this module is an official checkpoint.  Parameters run in the dtype they are loaded in; norms and latent statistics are
+computed in float32 at least.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +41,7 @@ class VaeState:
 class Tape:
     """One pass over the layers: hands each its tail from the last call and gathers the new ones.
 
-    `keep=False` gathers nothing: a whole clip needs no tails, and keeping them would only cost memory.
+    `keep=False` gathers nothing: after the last piece no tails are needed, and keeping them would only cost memory.
     """
 
     def __init__(self, state: VaeState | None = None, *, keep: bool = True) -> None:
@@ -43,14 +49,14 @@ class Tape:
         self._old = iter(state.tails if state is not None else ())
         self._new: list[Tensor] | None = [] if keep else None
 
-    def pull(self) -> Tensor:
-        """The tail that this layer pushed in the last call; only legal when not `first`."""
-        return next(self._old)
+    def pull(self) -> Tensor | None:
+        """The tail that this layer pushed in the last call; None in the first call of a stream."""
+        return None if self.first else next(self._old)
 
     def push(self, x: Tensor, frames: int) -> None:
-        """Remember the last `frames` frames of x [B, C, T, H, W]; a copy, so that the rest of x can be freed."""
+        """Remember the last `frames` frames of x [B, T, H, W, C]; a copy, so that the rest of x can be freed."""
         if self._new is not None:
-            self._new.append(x[:, :, x.shape[2] - frames :].clone())
+            self._new.append(x[:, x.shape[1] - frames :].clone())
 
     def state(self) -> VaeState:
         return VaeState(tuple(self._new or ()))
@@ -61,10 +67,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class RMSNorm(nn.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels of [B, C, ...], each position by itself."""
+def recording(*tensors: Tensor) -> bool:
+    """Whether autograd will come back for these; if not, buffers may be reused and written in place."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+MIN_PIECE = 1 << 16  # values; below this, starting an operation costs more than the memory traffic it saves
+
+
+class ChannelNorm(nn.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels of [..., C], each position by itself."""
 
     eps = 1e-12
+    pieces = 64  # see silu_into; fewer where starting an operation is dear and memory is fast
 
     def __init__(self, dim: int, axes: int) -> None:
         super().__init__()
@@ -72,32 +87,80 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = wide(x.dtype)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min(self.eps)
-        y = x.to(dtype) * (x.shape[1] ** 0.5 / norm) * self.gamma.to(dtype)
+        y = x.to(dtype)
+        y = y * self._scale(y) * self.gamma.flatten().to(dtype)
         return y.to(x.dtype)
 
+    def silu_into(self, out: Tensor, x: Tensor) -> None:
+        """Write silu(norm(x)) into `out`, both contiguous [..., C]; without gradients.
 
-class CausalConv(nn.Conv3d):
-    """A 3D convolution that sees this frame and the ones before it; spatial size is kept."""
+        The rows go through in pieces, so that a piece stays in the processor's cache between the operations.
+        """
+        dtype = wide(x.dtype)
+        gamma = self.gamma.flatten().to(dtype)
+        x, out = x.flatten(0, -2), out.flatten(0, -2)
+        rows = max(MIN_PIECE // x.shape[1], -(-x.shape[0] // self.pieces))
+        for a in range(0, x.shape[0], rows):
+            piece, target = x[a : a + rows], out[a : a + rows]
+            if x.dtype == dtype:
+                torch.mul(piece, self._scale(piece), out=target)
+                F.silu(target.mul_(gamma), inplace=True)
+            else:
+                y = piece.to(dtype)
+                target.copy_(F.silu(y.mul_(self._scale(y)).mul_(gamma), inplace=True))
 
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
-        super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
-
-    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
-        """[B, Cin, T, H, W] -> [B, Cout, T, H, W]; `tape` is needed when the kernel spans time."""
-        back = self.kernel_size[0] - 1
-        if back:
-            assert tape is not None
-            x = extend(x, None if tape.first else tape.pull(), back)
-            tape.push(x, back)
-        return super().forward(x)
+    def _scale(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return cast(Tensor, x.shape[-1] ** 0.5 / norm.clamp_min(self.eps))
 
 
-def extend(x: Tensor, tail: Tensor | None, frames: int) -> Tensor:
-    """x [B, C, T, H, W] with `frames` frames before it: the tail of the last call, or zeros at the start."""
-    if tail is None:
-        return F.pad(x, (0, 0, 0, 0, frames, 0))
-    return torch.cat((tail, x), dim=2)
+def causal_conv(inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> nn.Conv3d:
+    """A 3D convolution that keeps the spatial size; its past is set before it (`extend`), not padded by it."""
+    return nn.Conv3d(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+
+def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """[B, T, H, W, Cin] -> [B, T', H', W', Cout]."""
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, conv.padding)
+    return y.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int) -> Tensor:
+    """Every frame of [B, T, H, W, Cin] -> [B, T, H', W', Cout]."""
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1)
+    return y.contiguous().view(x.shape[0], x.shape[1], *y.shape[1:])
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """A convolution with a kernel of one position: a linear map of each row [..., Cin] -> [..., Cout]."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def extend(x: Tensor, frames: int, tape: Tape) -> Tensor:
+    """x [B, T, H, W, C] with `frames` frames before it: the tail of the last call, or zeros at the start."""
+    tail = tape.pull()
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, frames, 0)) if tail is None else torch.cat((tail, x), dim=1)
+    tape.push(x, frames)
+    return x
+
+
+def norm_silu_conv(norm: ChannelNorm, conv: nn.Conv3d, x: Tensor, tape: Tape) -> Tensor:
+    """conv(silu(norm(x))), causal.  Without gradients the convolution's input, with its past, is written once."""
+    back = conv.kernel_size[0] - 1
+    if recording(x, norm.gamma):
+        return conv3d(extend(F.silu(norm(x)), back, tape), conv)
+    y = x.new_empty(x.shape[0], back + x.shape[1], *x.shape[2:])
+    tail = tape.pull()
+    y[:, :back] = 0 if tail is None else tail
+    for clip, out in zip(x, y, strict=True):
+        norm.silu_into(out[back:], clip)
+    tape.push(y, back)
+    return conv3d(y, conv)
+
+
+def add(y: Tensor, x: Tensor) -> Tensor:
+    """y + x; without gradients into y, which the caller has just made."""
+    return y + x if recording(y, x) else y.add_(x)
 
 
 class ResidualBlock(nn.Module):
@@ -107,19 +170,19 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = nn.ModuleDict(
             {
-                "0": RMSNorm(inputs, 3),
-                "2": CausalConv(inputs, outputs),
-                "3": RMSNorm(outputs, 3),
-                "6": CausalConv(outputs, outputs),
+                "0": ChannelNorm(inputs, 3),
+                "2": causal_conv(inputs, outputs),
+                "3": ChannelNorm(outputs, 3),
+                "6": causal_conv(outputs, outputs),
             }
         )
-        self.shortcut = CausalConv(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
+        self.shortcut = causal_conv(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        r = self.residual
-        y = r["2"](F.silu(r["0"](x)), tape)
-        y = r["6"](F.silu(r["3"](y)), tape)
-        return cast(Tensor, y + (x if self.shortcut is None else self.shortcut(x)))
+        norm1, conv1, norm2, conv2 = cast(tuple[ChannelNorm, nn.Conv3d, ChannelNorm, nn.Conv3d], self.residual.values())
+        y = norm_silu_conv(norm1, conv1, x, tape)
+        y = norm_silu_conv(norm2, conv2, y, tape)
+        return add(y, x if self.shortcut is None else pointwise(x, self.shortcut))
 
 
 class FrameAttention(nn.Module):
@@ -127,25 +190,16 @@ class FrameAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(dim, 2)
+        self.norm = ChannelNorm(dim, 2)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        b, c, t, h, w = x.shape
-        y = x.transpose(1, 2).reshape(b * t, c, h, w)
-        qkv = self.to_qkv(self.norm(y)).flatten(2).transpose(1, 2).unsqueeze(1)  # [BT, 1, HW, 3C]
-        q, k, v = (part.contiguous() for part in qkv.chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
-        y = self.proj(y).view(b, t, c, h, w).transpose(1, 2)
-        return cast(Tensor, x + y)
-
-
-def per_frame(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a module of images to every frame of x [B, C, T, H, W]."""
-    b, c, t, h, w = x.shape
-    y: Tensor = conv(x.transpose(1, 2).reshape(b * t, c, h, w))
-    return y.view(b, t, *y.shape[1:]).transpose(1, 2)
+        b, t, h, w, c = x.shape
+        qkv = pointwise(self.norm(x), self.to_qkv).view(b * t, 1, h * w, 3 * c)
+        q, k, v = qkv.chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c)
+        return add(pointwise(y, self.proj), x)
 
 
 class Down(nn.Module):
@@ -157,17 +211,17 @@ class Down(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        conv = self.resample["1"]
-        y = per_frame(conv, F.pad(x, (0, 1, 0, 1)))
+        conv = cast(nn.Conv2d, self.resample["1"])
+        # zeros right and below only: pad by two all around, and leave out the first row and column of the result
+        y = conv2d(x, conv.weight, conv.bias, stride=2, padding=2)[:, :, 1:, 1:]
         if self.time_conv is None:
-            return y
-        if not tape.first:
-            y = torch.cat((tape.pull(), y), dim=2)
+            return y.contiguous()
+        tail = tape.pull()
         tape.push(y, 1)
-        if not tape.first:
-            return cast(Tensor, self.time_conv(y))
-        head = y[:, :, :1]
-        return head if y.shape[2] == 1 else torch.cat((head, self.time_conv(y)), dim=2)
+        if tail is not None:
+            return conv3d(torch.cat((tail, y), dim=1), self.time_conv)
+        head = y[:, :1]
+        return head.contiguous() if y.shape[1] == 1 else torch.cat((head, conv3d(y, self.time_conv)), dim=1)
 
 
 class Up(nn.Module):
@@ -176,59 +230,89 @@ class Up(nn.Module):
     def __init__(self, dim: int, outputs: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, outputs, 3, padding=1)})
-        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1)) if temporal else None
+        self.time_conv = causal_conv(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         if self.time_conv is not None:
             x = self._double_time(x, self.time_conv, tape)
-        return per_frame(self.resample["1"], F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact"))
+        conv = cast(nn.Conv2d, self.resample["1"])
+        assert conv.bias is not None
+        double = double_size if recording(x, conv.weight) else double_size_folded
+        return double(x, conv.weight, conv.bias)
 
-    def _double_time(self, x: Tensor, conv: CausalConv, tape: Tape) -> Tensor:
-        """[B, C, T, H, W] -> [B, C, 2T, H, W], less one frame in the first call.
+    def _double_time(self, x: Tensor, conv: nn.Conv3d, tape: Tape) -> Tensor:
+        """[B, T, H, W, C] -> [B, 2T, H, W, C], less one frame in the first call.
 
         The stream's first frame passes as it is, and later frames do not see it: their past begins with zeros.
         """
         if not tape.first:
-            return interleave(conv(x, tape))
-        head, rest = x[:, :, :1], x[:, :, 1:]
-        if rest.shape[2]:
-            return torch.cat((head, interleave(conv(rest, tape))), dim=2)
-        tape.push(F.pad(torch.zeros_like(head), (0, 0, 0, 0, 1, 0)), 2)
+            return interleave(conv3d(extend(x, 2, tape), conv))
+        head, rest = x[:, :1], x[:, 1:]
+        if rest.shape[1]:
+            return torch.cat((head, interleave(conv3d(extend(rest, 2, tape), conv))), dim=1)
+        tape.push(torch.zeros_like(head).expand(-1, 2, -1, -1, -1), 2)
         return head
 
 
 def interleave(x: Tensor) -> Tensor:
-    """[B, 2C, T, H, W] -> [B, C, 2T, H, W]: the first C channels are the even frames, the last C the odd ones."""
-    b, c, t, h, w = x.shape
-    return x.view(b, 2, c // 2, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c // 2, 2 * t, h, w)
+    """[B, T, H, W, 2C] -> [B, 2T, H, W, C]: the first C channels are the even frames, the last C the odd ones."""
+    b, t, h, w, c = x.shape
+    return x.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c // 2)
+
+
+def double_size(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Repeat every position of [B, T, H, W, C] 2 x 2, then convolve 3 x 3."""
+    x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return conv2d(x, weight, bias, padding=1)
+
+
+def double_size_folded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`double_size` in 4/9 of the multiplications, for use without gradients.
+
+    After the repetition a 3 x 3 window sees only 2 x 2 different positions; which ones depends on whether the output's
+    row and column are even or odd.  So the kernel folds into four of 2 x 2, and the repeated input is never made.
+    """
+    dtype = wide(x.dtype)
+    even, odd = [[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
+    weight = weight.to(dtype)
+    which = weight.new_tensor([even, odd])
+    kernels = torch.einsum("aik,bjl,ockl->abocij", which, which, weight).to(x.dtype)
+    b, t, h, w, _ = x.shape
+    c = weight.shape[0]
+    out = x.new_empty(b, t, h, 2, w, 2, c)
+    stacked, biases = kernels.flatten(0, 2), bias.repeat(4)
+    for i in range(t):  # a frame at a time: the four parts of a frame are as large as the frame
+        parts = conv2d(x[:, i : i + 1], stacked, biases, padding=1).view(b, 1, h + 1, w + 1, 2, 2, c)
+        for row in (0, 1):
+            for column in (0, 1):
+                out[:, i, :, row, :, column] = parts[:, 0, row : row + h, column : column + w, row, column]
+    return out.view(b, t, 2 * h, 2 * w, c)
 
 
 def average_down(x: Tensor, channels: int, ft: int, fs: int) -> Tensor:
     """Wan2.2's shortcut around an encoder stage: fold ft x fs x fs cells into channels and average groups of them.
 
-    [B, C, T, H, W] -> [B, channels, ceil(T / ft), H / fs, W / fs].  The first call of a stream has an odd number of frames: a zero
-    frame goes before it.  Where a stage widens more than it folds (in no release), channels are repeated instead.
+    [B, T, H, W, C] -> [B, ceil(T / ft), H / fs, W / fs, channels].  The first call of a stream has an odd number of
+    frames: a zero frame goes before it.  Where a stage widens more than it folds (in no release), channels repeat.
     """
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
-    b, c, t, h, w = x.shape
-    x = x.view(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    cells = c * ft * fs * fs
-    x = x.reshape(b, cells, t // ft, h // fs, w // fs)
-    if cells < channels:
-        return x.repeat_interleave(channels // cells, dim=1)
-    return x.view(b, channels, cells // channels, *x.shape[2:]).mean(dim=2)
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % ft, 0))
+    b, t, h, w, c = x.shape
+    x = x.view(b, t // ft, ft, h // fs, fs, w // fs, fs, c).permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)
+    if x.shape[-1] < channels:
+        return x.repeat_interleave(channels // x.shape[-1], dim=-1)
+    return x.view(*x.shape[:4], channels, -1).mean(dim=-1)
 
 
 def duplicate_up(x: Tensor, channels: int, ft: int, fs: int, *, first: bool) -> Tensor:
     """Wan2.2's shortcut around a decoder stage: spread repeated channels over ft x fs x fs cells.
 
-    [B, C, T, H, W] -> [B, channels, T * ft, H * fs, W * fs]; the first call of a stream loses its first ft - 1 frames.
+    [B, T, H, W, C] -> [B, T * ft, H * fs, W * fs, channels]; the first call of a stream loses its first ft - 1 frames.
     """
-    b, c, t, h, w = x.shape
-    x = x.repeat_interleave(channels * ft * fs * fs // c, dim=1)
-    x = x.view(b, channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    x = x.reshape(b, channels, t * ft, h * fs, w * fs)
-    return x[:, :, ft - 1 :] if first else x
+    b, t, h, w, c = x.shape
+    x = x.repeat_interleave(channels * ft * fs * fs // c, dim=-1)
+    x = x.view(b, t, h, w, channels, ft, fs, fs).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.reshape(b, t * ft, h * fs, w * fs, channels)
+    return x[:, ft - 1 :] if first else x
 
 
 class DownStage(nn.Module):
@@ -241,7 +325,7 @@ class DownStage(nn.Module):
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         shortcut = average_down(x, self.outputs, self.ft, self.fs)
-        return run(self.downsamples, x, tape) + shortcut
+        return add(run(self.downsamples, x, tape), shortcut)
 
 
 class UpStage(nn.Module):
@@ -256,7 +340,7 @@ class UpStage(nn.Module):
         y = run(self.upsamples, x, tape)
         if self.fs == 1:
             return y
-        return y + duplicate_up(x, self.outputs, self.ft, self.fs, first=tape.first)
+        return add(y, duplicate_up(x, self.outputs, self.ft, self.fs, first=tape.first))
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, tape: Tape) -> Tensor:
@@ -269,10 +353,11 @@ class Head(nn.ModuleDict):
     """norm, SiLU, conv: the last layers of encoder and decoder."""
 
     def __init__(self, dim: int, outputs: int) -> None:
-        super().__init__({"0": RMSNorm(dim, 3), "2": CausalConv(dim, outputs)})
+        super().__init__({"0": ChannelNorm(dim, 3), "2": causal_conv(dim, outputs)})
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        return cast(Tensor, self["2"](F.silu(self["0"](x)), tape))
+        norm, conv = cast(tuple[ChannelNorm, nn.Conv3d], self.values())
+        return norm_silu_conv(norm, conv, x, tape)
 
 
 def middle(dim: int) -> nn.ModuleList:
@@ -280,14 +365,14 @@ def middle(dim: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """[B, 3 * patch^2, F, H, W] -> [B, 2 * z, T, h, w]."""
+    """[B, F, H, W, 3 * patch^2] -> [B, T, h, w, 2 * z]."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths = [config.dim * m for m in (1, *config.multipliers)]
-        self.conv1 = CausalConv(3 * config.patch**2, widths[0])
+        self.conv1 = causal_conv(3 * config.patch**2, widths[0])
         self.downsamples = nn.ModuleList()
-        for stage, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for stage, (inputs, outputs) in enumerate(pairwise(widths)):
             layers: list[nn.Module] = [
                 ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(config.blocks)
             ]
@@ -302,23 +387,23 @@ class Encoder(nn.Module):
         self.head = Head(widths[-1], 2 * config.z)
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        x = self.conv1(x, tape)
+        x = conv3d(extend(x, 2, tape), self.conv1)
         x = run(self.downsamples, x, tape)
         x = run(self.middle, x, tape)
         return cast(Tensor, self.head(x, tape))
 
 
 class Decoder(nn.Module):
-    """[B, z, T, h, w] -> [B, 3 * patch^2, F, H, W]."""
+    """[B, T, h, w, z] -> [B, F, H, W, 3 * patch^2]."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths = [config.decoder_dim * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
         temporal_up = tuple(reversed(config.temporal))
-        self.conv1 = CausalConv(config.z, widths[0])
+        self.conv1 = causal_conv(config.z, widths[0])
         self.middle = middle(widths[0])
         self.upsamples = nn.ModuleList()
-        for stage, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for stage, (inputs, outputs) in enumerate(pairwise(widths)):
             if stage and not config.residual:
                 inputs //= 2  # the upsampling convolution before it halves the channels (Wan2.1 only)
             layers: list[nn.Module] = [
@@ -334,28 +419,24 @@ class Decoder(nn.Module):
         self.head = Head(widths[-1], 3 * config.patch**2)
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        x = self.conv1(x, tape)
+        x = conv3d(extend(x, 2, tape), self.conv1)
         x = run(self.middle, x, tape)
         x = run(self.upsamples, x, tape)
         return cast(Tensor, self.head(x, tape))
 
 
-def fold(x: Tensor, patch: int) -> Tensor:
-    """[B, C, F, H, W] -> [B, C * patch^2, F, H / patch, W / patch]; in a cell the rows run fastest (official order)."""
-    if patch == 1:
-        return x
-    b, c, f, h, w = x.shape
-    x = x.view(b, c, f, h // patch, patch, w // patch, patch).permute(0, 1, 6, 4, 2, 3, 5)
-    return x.reshape(b, c * patch * patch, f, h // patch, w // patch)
+def fold(video: Tensor, patch: int) -> Tensor:
+    """[B, C, F, H, W] -> [B, F, H / patch, W / patch, C * patch^2]; in a cell the rows run fastest (official order)."""
+    b, c, f, h, w = video.shape
+    x = video.reshape(b, c, f, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 3, 5, 1, 6, 4).reshape(b, f, h // patch, w // patch, c * patch * patch)
 
 
 def unfold(x: Tensor, patch: int) -> Tensor:
     """The inverse of `fold`."""
-    if patch == 1:
-        return x
-    b, c, f, h, w = x.shape
-    x = x.view(b, c // patch**2, patch, patch, f, h, w).permute(0, 1, 4, 5, 3, 6, 2)
-    return x.reshape(b, c // patch**2, f, h * patch, w * patch)
+    b, f, h, w, c = x.shape
+    x = x.view(b, f, h, w, c // patch**2, patch, patch)
+    return x.permute(0, 4, 1, 2, 6, 3, 5).reshape(b, c // patch**2, f, h * patch, w * patch)
 
 
 class CausalVae(nn.Module):
@@ -365,15 +446,16 @@ class CausalVae(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.conv1 = CausalConv(2 * config.z, 2 * config.z, (1, 1, 1))
-        self.conv2 = CausalConv(config.z, config.z, (1, 1, 1))
+        self.conv1 = causal_conv(2 * config.z, 2 * config.z, (1, 1, 1))
+        self.conv2 = causal_conv(config.z, config.z, (1, 1, 1))
         self.decoder = Decoder(config)
 
     def encode(self, video: Tensor, state: VaeState | None = None) -> tuple[Tensor, VaeState]:
-        """Pixels [B, 3, F, H, W] in [-1, 1] to normalised latents [B, z, T, h, w], float32, and the state for the next call.
+        """Pixels [B, 3, F, H, W] in [-1, 1] to normalised latents [B, z, T, h, w], float32, and the next call's state.
 
-        The first call of a stream (no state) takes 1 + k * stride frames and gives 1 + k latents, later calls take k * stride
-        frames and give k latents.  The latent is the mean of the posterior, as in the reference: nothing is drawn.
+        The first call of a stream (no state) takes 1 + k * stride frames and gives 1 + k latents, later calls take
+        k * stride frames and give k latents; any other number is a ValueError (the reference drops frames silently).
+        The latent is the mean of the posterior, as in the reference: nothing is drawn.
         """
         tape = Tape(state)
         mu, _ = self._moments(video, tape)
@@ -399,9 +481,11 @@ class CausalVae(nn.Module):
         if latents_per_chunk < 1:
             raise ValueError(f"latents_per_chunk={latents_per_chunk}: at least 1 latent makes a chunk")
         state = None
-        for piece in z.split(latents_per_chunk, dim=2):
-            video, state = self.decode(piece, state)
-            yield video
+        for start in range(0, z.shape[2], latents_per_chunk):
+            end = start + latents_per_chunk
+            tape = Tape(state, keep=end < z.shape[2])
+            yield self._pixels(self.denormalise(z[:, :, start:end]), tape).clamp_(-1, 1)
+            state = tape.state()
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [B, z, T, h, w] of the posterior of a whole clip, not normalised (for training)."""
@@ -430,13 +514,15 @@ class CausalVae(nn.Module):
     def _moments(self, video: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         self._check_video(video, first=tape.first)
         x = fold(video.to(self.conv1.weight.dtype), self.config.patch)
-        mu, logvar = self.conv1(self.encoder(x, tape)).chunk(2, dim=1)
-        return mu.to(wide(mu.dtype)), logvar.to(wide(mu.dtype))
+        y = pointwise(self.encoder(x, tape), self.conv1).movedim(-1, 1)
+        mu, logvar = y.to(wide(y.dtype)).contiguous().chunk(2, dim=1)
+        return mu, logvar
 
     def _pixels(self, mu: Tensor, tape: Tape) -> Tensor:
         if mu.dim() != 5 or mu.shape[1] != self.config.z or mu.shape[2] < 1:
             raise ValueError(f"latents {tuple(mu.shape)}: this VAE reads [B, {self.config.z}, T >= 1, h, w]")
-        x = self.decoder(self.conv2(mu.to(self.conv2.weight.dtype)), tape)
+        x = mu.to(self.conv2.weight.dtype).movedim(1, -1)
+        x = self.decoder(pointwise(x, self.conv2), tape)
         return unfold(x.to(wide(x.dtype)), self.config.patch)
 
     def _check_video(self, video: Tensor, *, first: bool) -> None:
@@ -455,31 +541,30 @@ class CausalVae(nn.Module):
 def init_for_training(vae: CausalVae, generator: torch.Generator | None = None) -> None:
     """Start values from which a VAE trains well; PyTorch's defaults shrink the signal at every layer.
 
-    Matrices keep the signal's size (std 1 / sqrt(fan in)), biases are zero, residual branches start small.  The clip starts as a
-    set of still pictures: 3x3x3 kernels read this frame only, `time_conv` averages two frames or repeats one.
+    Matrices keep the signal's size (std 1 / sqrt(fan in)), biases are zero, residual branches start small.  A clip
+    starts as a set of still pictures: 3x3x3 kernels read this frame only, `time_conv` averages two frames or repeats
+    one.
     """
     for name, module in vae.named_modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, ChannelNorm):
             module.gamma.fill_(1)
         if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
             continue
-        weight: Any = module.weight
         assert module.bias is not None
         module.bias.zero_()
+        weight = module.weight.zero_()
         if name.endswith("time_conv"):
-            weight.zero_()
             outputs, inputs = weight.shape[:2]
-            same = weight.new_zeros(inputs, inputs).fill_diagonal_(1).view(inputs, inputs, 1, 1)
             if outputs == inputs:  # down: frames 2k + 1 and 2k + 2 make latent frame k + 1
-                weight[:, :, 1:] = 0.5 * same[:, :, None]
+                nn.init.eye_(weight[:, :, 1, 0, 0]).mul_(0.5)
+                nn.init.eye_(weight[:, :, 2, 0, 0]).mul_(0.5)
             else:  # up: both output frames are this frame
-                weight[:, :, -1] = same.repeat(2, 1, 1, 1)
+                nn.init.eye_(weight[:inputs, :, 2, 0, 0])
+                nn.init.eye_(weight[inputs:, :, 2, 0, 0])
             continue
-        spatial = weight[:, :, -1] if weight.dim() == 5 else weight
-        fan_in = spatial[0].numel()
-        scale = 0.2 if name.endswith("residual.6") else 0.0 if name.endswith("1.proj") else 1.0
-        weight.zero_()
-        spatial.normal_(0, scale * fan_in**-0.5, generator=generator)
+        this_frame = weight[:, :, -1] if weight.dim() == 5 else weight
+        gain = 0.2 if name.endswith("residual.6") else 0.0 if name.endswith(".proj") else 1.0
+        this_frame.normal_(0, gain * this_frame[0].numel() ** -0.5, generator=generator)
 
 
 __all__ = ["CausalVae", "VaeState", "init_for_training"]

@@ -1,0 +1,217 @@
+"""`wanloom doctor`: what is installed and what this machine can do, without importing torch.
+
+Versions come from the installed packages' records, the CPU and memory from the operating system, GPUs from the driver.
+`--full` also starts torch and tries every video encoder, which takes some seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wanloom.cli.console import bytes_text, rich_console
+from wanloom.cli.options import Command
+from wanloom.request import SUFFIXES
+from wanloom.runtime import machine
+
+# Package -> the oldest version that works (pyproject.toml has the same numbers; a test compares them).
+PACKAGES = {
+    "torch": "2.10",
+    "transformers": "5.3",
+    "tokenizers": "0.22",
+    "safetensors": "0.6",
+    "numpy": "2.0",
+    "av": "16",
+    "pillow": "12",
+    "rich": "14",
+    "click": "8.2",
+    "ftfy": "6.3",
+}
+
+# Attention libraries by import name. This version computes attention with torch alone; the others are only reported.
+KERNELS = {"flash_attn": "flash-attn 2", "flash_attn_interface": "flash-attn 3", "sageattention": "sageattention"}
+
+# Encoder libraries that PyAV's wheels carry -> what they write.
+ENCODERS = {"x264": "H.264 (.mp4 .mkv)", "vpx": "VP9 (.webm)", "x265": "H.265", "SvtAv1Enc": "AV1"}
+
+
+@click.command("doctor", cls=Command)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option("--full", is_flag=True, help="Also start torch and try the encoders (some seconds).")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool, full: bool) -> int:
+    """What is installed and what this machine can do. Exit 8 when something that every run needs is missing."""
+    facts = examine()
+    if full:
+        facts["tried"] = try_out()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+    return 8 if facts["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything the doctor knows, as plain data; `problems` holds one sentence for each thing to mend."""
+    packages = {name: _version(name) for name in PACKAGES}
+    problems = [
+        f"{name} is missing: pip install '{name}>={oldest}'"
+        if packages[name] is None
+        else f"{name} {packages[name]} is older than {oldest}: pip install -U {name}"
+        for name, oldest in PACKAGES.items()
+        if packages[name] is None or _numbers(packages[name] or "") < _numbers(oldest)
+    ]
+    cpu, memory, gpus = machine.cpu(), machine.memory(), machine.gpus()
+    build = _torch_build(packages["torch"])
+    notes = []
+    if gpus and build == "cpu":
+        notes.append("A GPU is here, but this torch is the CPU build: see 'Choosing torch' in the README.")
+    return {
+        "wanloom": _version("wanloom"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": packages,
+        "torch_build": build,
+        "cpu": {"name": cpu.name, "threads": cpu.threads, "features": list(cpu.features)},
+        "memory": {"total": memory[0], "available": memory[1]} if memory else None,
+        "gpus": [vars(gpu) for gpu in gpus],
+        "driver": machine.driver_version(),
+        "attention": {"used": "sdpa (torch)", "found": [KERNELS[name] for name in KERNELS if _importable(name)]},
+        "encoders": bundled_encoders(),
+        "disk_free": machine.disk_free(Path.cwd()),
+        "demo_models": _demo_models(),
+        "problems": problems,
+        "notes": notes,
+    }
+
+
+def show(facts: dict[str, Any]) -> None:
+    """The report as a two-column table on stdout."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for name, value in _rows(facts):
+        table.add_row(name, Text(value))
+    console = rich_console()
+    console.print(table)
+    for note in facts["notes"]:
+        console.print(Text(note, style="yellow"))
+    for problem in facts["problems"]:
+        console.print(Text(problem, style="bold red"))
+    if not facts["problems"]:
+        console.print(Text("All right. `wanloom demo` makes a video.", style="green"))
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    packages, cpu, memory = facts["packages"], facts["cpu"], facts["memory"]
+    rest = [f"{name} {number or 'missing'}" for name, number in packages.items() if name != "torch"]
+    gpus = [
+        f"{gpu['name']}, {bytes_text(gpu['free'])} free of {bytes_text(gpu['total'])}, "
+        f"compute capability {'.'.join(map(str, gpu['capability']))}"
+        for gpu in facts["gpus"]
+    ]
+    found = facts["attention"]["found"]
+    demos = [f"{name} ({status})" for name, status in facts["demo_models"].items()]
+    rows = [
+        ("wanloom", facts["wanloom"] or "(source tree)"),
+        ("Python", f"{facts['python']}, {facts['system']}"),
+        ("torch", f"{packages['torch'] or 'missing'} ({facts['torch_build']} build)"),
+        ("packages", ", ".join(rest)),
+        (
+            "CPU",
+            f"{cpu['name']}, {cpu['threads']} threads, {' '.join(cpu['features']) or 'no vector extensions known'}",
+        ),
+        ("memory", f"{bytes_text(memory['available'])} free of {bytes_text(memory['total'])}" if memory else "unknown"),
+        ("GPU", "; ".join(gpus) or "none found"),
+        (
+            "attention",
+            facts["attention"]["used"] + (f"; also installed, not used: {', '.join(found)}" if found else ""),
+        ),
+        ("encoders", ", ".join(facts["encoders"]) or "not known without trying: --full"),
+        ("disk", f"{bytes_text(facts['disk_free'])} free here"),
+        ("demo models", ", ".join(demos) or "none"),
+    ]
+    if facts["driver"]:
+        rows.insert(7, ("driver", f"NVIDIA {facts['driver']}"))
+    return rows + [(f"tried: {name}", value) for name, value in facts.get("tried", {}).items()]
+
+
+def bundled_encoders() -> list[str]:
+    """What PyAV's wheel can write, from the names of the libraries in it; empty for a PyAV built elsewhere."""
+    try:
+        names = " ".join(file.name for file in files("av") or ())
+    except PackageNotFoundError:
+        return []
+    return [label for library, label in ENCODERS.items() if f"lib{library}" in names]
+
+
+def try_out() -> dict[str, str]:
+    """Start torch and write two frames with each encoder that this program uses; one line for each."""
+    from wanloom import media
+    from wanloom.runtime import selftest
+
+    tried = {"matrix product": f"{selftest.matrix_rate() / 1e9:.0f} GFLOP/s in float32 on the CPU"}
+    tried |= {f"GPU {index}": line for index, line in enumerate(selftest.try_gpus())}
+    return tried | {suffix: _try_encoder(media, suffix) for suffix in SUFFIXES}
+
+
+def _try_encoder(media: Any, suffix: str) -> str:
+    from wanloom.errors import WanloomError
+
+    try:
+        media.try_encoder(Path(f"probe{suffix}"), size=(64, 64), fps=16, quality=8)
+    except WanloomError as problem:
+        return problem.message
+    return "works"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _torch_build(torch_version: str | None) -> str:
+    """'cpu', 'cuda 13.0', 'rocm...': the local part of the version, or what torch/version.py says."""
+    if torch_version is None:
+        return "no"
+    local = torch_version.partition("+")[2]
+    if local:
+        return re.sub(r"^cu(\d+)(\d)$", r"cuda \1.\2", local)
+    for place in sys.path:
+        file = Path(place) / "torch" / "version.py"
+        if file.is_file():
+            match = re.search(r"^cuda[^=]*= '([\d.]+)'", file.read_text(encoding="utf-8"), re.MULTILINE)
+            return f"cuda {match[1]}" if match else "cpu"
+    return "unknown"
+
+
+def torch_has_gpu_build() -> bool:
+    """Whether the installed torch was built for GPUs (whether one works is another question)."""
+    return _torch_build(_version("torch")) not in ("no", "cpu", "unknown")
+
+
+def _demo_models() -> dict[str, str]:
+    from wanloom import demo
+
+    return {name: "smoke test" if demo.is_smoke_test(name) else "trained" for name in demo.available()}

@@ -1,0 +1,180 @@
+"""`wanloom plan`: what a run would need, what this machine has, and whether it fits. Nothing is loaded.
+
+Bytes and operations come from the Plan by closed formulas (`budget.py`); the machine is asked through the operating
+system. Exit code 0: it fits, 5: it does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wanloom import budget, demo
+from wanloom.cli.console import bytes_text, count_text, rich_console
+from wanloom.cli.options import DEFAULT_TASK, Command, read_request, request_options
+from wanloom.cli.room import PLENTY, dtype_of, runs_on_gpu, what_is_free
+from wanloom.errors import InputError
+from wanloom.plan import Plan, make_plan
+from wanloom.request import Request
+from wanloom.variants import VARIANTS, Variant, variant_for
+
+
+RESOURCES = {"disk": "disk", "host": "memory", "gpu": "GPU"}
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One run beside one machine."""
+
+    plan: Plan
+    variant: Variant
+    dtype: str
+    on_gpu: bool
+    need: budget.Need
+    have: budget.Have
+    fetch: int  # bytes of the checkpoint that are still to download
+    short: tuple[budget.Shortage, ...]
+
+
+@click.command("plan", cls=Command)
+@click.argument("model", required=False, metavar="[MODEL]")
+@request_options()
+@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
+def command(model: str | None, as_json: bool, **params: Any) -> int:
+    """What a run would need, what this machine has, and whether it fits: exit code 0 or 5.
+
+    MODEL is a task or a demo model, as in `wanloom models`; all options of `wanloom generate` count.
+    """
+    if model is not None:
+        if params.get("task") not in (None, model):
+            raise InputError("E2023", f"model: '{model}' and --task {params['task']} name two. Give one.")
+        params["task"] = model
+    request = read_request(params)
+    outlook = look(request, _variant(request))
+    if as_json:
+        print(json.dumps(describe(outlook), indent=2))
+    else:
+        show(outlook)
+    return 5 if outlook.short else 0
+
+
+def look(request: Request, variant: Variant) -> Outlook:
+    """Plan a request and hold it against this machine."""
+    plan = make_plan(request, variant, draft=True)
+    on_gpu = runs_on_gpu(request)
+    dtype = dtype_of(request, on_gpu=on_gpu)
+    need = budget.need(plan, variant, dtype, on_gpu=on_gpu)
+    fetch = 0 if request.ckpt_dir or request.dit or request.dit_high else sum(file.bytes for file in variant.files)
+    have = what_is_free(request, (request.out or Path()).parent, on_gpu=on_gpu)
+    short = budget.fits(replace(need, disk=need.disk + fetch), have)
+    return Outlook(plan, variant, dtype, on_gpu, need, have, fetch, short)
+
+
+def describe(outlook: Outlook) -> dict[str, Any]:
+    """The same as plain data, in bytes and operations."""
+    need = asdict(outlook.need)
+    return {
+        "plan": json.loads(outlook.plan.to_json()),
+        "dtype": outlook.dtype,
+        "on": "gpu" if outlook.on_gpu else "cpu",
+        "checkpoint_bytes": outlook.fetch,
+        "need": {**need, "flops": outlook.need.flops},
+        "have": asdict(outlook.have),
+        "fits": not outlook.short,
+        "short": [asdict(item) for item in outlook.short],
+    }
+
+
+def show(outlook: Outlook) -> None:
+    """Three small tables on stdout: the run, its stages, this machine; then the verdict."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    console = rich_console()
+    console.print(Text.assemble((outlook.variant.name, "bold"), "  ", headline(outlook.plan)))
+    place = "the GPU" if outlook.on_gpu else "the CPU"
+    console.print(Text(f"in {outlook.dtype} on {place}\n", style="dim"))
+    stages = Table(box=SIMPLE_HEAD, header_style="bold cyan", show_edge=False, pad_edge=False)
+    stages.add_column("stage")
+    for title in ("weights", "working", "operations"):
+        stages.add_column(title, justify="right")
+    for stage in outlook.need.stages:
+        numbers = bytes_text(stage.weights), bytes_text(stage.activations), count_text(stage.flops)
+        stages.add_row(stage.name, *numbers)
+    console.print(stages, "")
+    table = Table(box=SIMPLE_HEAD, header_style="bold cyan", show_edge=False, pad_edge=False)
+    for title in ("", "needed", "free here", ""):
+        table.add_column(title, justify="right" if title else "left")
+    for row in _resources(outlook):
+        table.add_row(*row)
+    console.print(table, "")
+    for line in verdict(outlook):
+        console.print(Text(line, style="bold red" if outlook.short else "green"), soft_wrap=True)
+
+
+def headline(plan: Plan) -> str:
+    """'832x480, 81 frames at 16 fps, unipc 40 steps, shift 12, guidance 4 high 3 low'."""
+    low, high = plan.guidance
+    guidance = f"{high:g}" if low == high else f"{high:g} high {low:g} low"
+    shift = f", shift {plan.shift:g}" if plan.shift is not None else ""
+    return (
+        f"{plan.size[0]}x{plan.size[1]}, {plan.frames} frames at {plan.fps} fps, "
+        f"{plan.sampler} {plan.steps} steps{shift}, guidance {guidance}"
+    )
+
+
+def verdict(outlook: Outlook) -> list[str]:
+    """One line that says whether it fits, and when it does not, the nearest thing that would."""
+    if not outlook.short:
+        return ["It fits."]
+    words = [
+        f"{RESOURCES[item.what]}: {bytes_text(item.need)} needed, {bytes_text(item.have)} free"
+        for item in outlook.short
+    ]
+    lines = [f"It does not fit. {'; '.join(words)}."]
+    instead = next(alternatives(outlook), None)
+    if instead:
+        lines.append(f"This would: wanloom plan {instead}")
+    return lines
+
+
+def alternatives(outlook: Outlook) -> Iterator[str]:
+    """Cheaper runs that fit this machine, the least changed first, as words for `wanloom plan`."""
+    same_kind = [row for row in VARIANTS.values() if row.task[:3] == outlook.variant.task[:3] and not row.demo]
+    by_size = sorted(same_kind, key=lambda row: sum(file.bytes for file in row.files), reverse=True)
+    here = by_size.index(outlook.variant) if outlook.variant in by_size else 0
+    for row in by_size[here:]:
+        small = min(row.sizes, key=lambda size: size[0] * size[1])
+        for dtype in dict.fromkeys((outlook.dtype, "bfloat16")):
+            for size in dict.fromkeys((row.defaults.size, small)):
+                for frames in (row.defaults.frames, 33):
+                    request = Request(task=row.name, size=size, frames=frames, dtype=dtype)
+                    if not look(request, row).short:
+                        yield f"{row.name} --size {size[0]}x{size[1]} --frames {frames} --dtype {dtype}"
+    if (name := f"demo-{outlook.variant.task.partition('-')[0]}") in demo.available():
+        yield name
+
+
+def _resources(outlook: Outlook) -> Iterator[tuple[str, str, str, str]]:
+    short = {item.what for item in outlook.short}
+    needed = {"host": outlook.need.host, "gpu": outlook.need.gpu, "disk": outlook.need.disk + outlook.fetch}
+    free = {"host": outlook.have.host, "gpu": outlook.have.gpu or 0, "disk": outlook.have.disk}
+    for what, bytes_ in needed.items():
+        if not bytes_:
+            continue
+        remark = f"of it {bytes_text(outlook.fetch)} checkpoint to fetch" if what == "disk" and outlook.fetch else ""
+        if what in short:
+            remark = f"too little{', ' if remark else ''}{remark}"
+        yield RESOURCES[what], bytes_text(bytes_), bytes_text(free[what]) if free[what] < PLENTY else "unknown", remark
+
+
+def _variant(request: Request) -> Variant:
+    """The published model of a task (its demo model only when named so). Error: E2002."""
+    task = request.task or DEFAULT_TASK
+    return VARIANTS[task] if task in VARIANTS else variant_for(task)

@@ -1,0 +1,226 @@
+"""Everything about a run that can be wrong, checked before a weight is read and before torch is imported.
+
+`prepare` turns what was typed into a Prepared run: the request with its seed decided, the model's files with their
+headers surveyed, the pictures read, the Plan, the output files. It raises the first thing that a person must mend.
+"""
+
+from __future__ import annotations
+
+import secrets
+import stat
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wanloom import budget, demo
+from wanloom.checkpoint.find import Files, resolve
+from wanloom.checkpoint.load import survey
+from wanloom.cli.options import DEFAULT_TASK, typed_values
+from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, what_is_free
+from wanloom.errors import InputError, WanloomWarning
+from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
+from wanloom.request import Request, request_from_text
+from wanloom.variants import Variant, variant_for
+
+
+PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip")
+ROLES = ("image", "last_image")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing is known to be wrong with. `variant` has the sizes of the checkpoint's own tensors."""
+
+    request: Request
+    variant: Variant
+    files: Files
+    plan: Plan
+    outputs: tuple[Path, ...]
+    need: budget.Need
+    have: budget.Have
+    demo_name: str | None
+    resume: Path | None
+
+
+def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool) -> Prepared:
+    """Check a command line against itself, the model, the pictures and the machine; see the module."""
+    typed = typed_values(params)
+    _refuse_odd_target(typed.get("out"))
+    request, replayed = _request(typed, like, resume)
+    variant, demo_name = choose_model(request)
+    check_request(request, variant)
+    check_machine(request)
+    inputs = read_pictures(request)
+    request = replace(request, seed=_seed(request))
+    make_plan(request, variant, inputs=inputs)  # mistakes in the request are said before those in the files
+    request = _with_demo_path(request, demo_name)
+    files = resolve(variant, **{name: getattr(request, name) for name in PARTS})
+    variant = survey(variant, files)
+    plan = make_plan(request, variant, inputs=inputs)
+    if replayed is not None:
+        _check_replay(plan, replayed, typed)
+    for note in plan.notes:
+        warnings.warn(WanloomWarning(f"W2004: {note}"), stacklevel=2)
+    if demo_name is not None:
+        _warn_of_unknown_words(plan.prompt)
+    outputs = output_files(request, plan)
+    on_gpu = runs_on_gpu(request)
+    need = budget.need(plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu)
+    have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
+    if not dry_run:
+        check_outputs(outputs, request, plan, need)
+        check_room(need, have)
+    return Prepared(request, variant, files, plan, outputs, need, have, demo_name, resume)
+
+
+# --- the request -------------------------------------------------------------------------------------------------------
+
+
+def _request(
+    typed: Mapping[str, str | bool], like: Path | None, resume: Path | None
+) -> tuple[Request, Plan | None]:
+    """What was typed, on top of a finished video's Plan (--like) or an unfinished run's request (--resume)."""
+    if resume is not None:
+        from wanloom.jobs import stored_request
+
+        return request_from_text({**stored_request(resume), **typed}), None
+    if like is None:
+        return request_from_text(typed), None
+    plan = plan_inside(like)
+    request = request_from_text(typed)
+    asked = {name: getattr(request, name) for name in typed}
+    again = replace(request_like(plan), **asked)
+    found = {role: _find_input(item, role, getattr(again, role), like) for role in ROLES if (item := plan.input(role))}
+    return replace(again, **found), plan
+
+
+def plan_inside(video: Path) -> Plan:
+    """The Plan that a finished video carries. Errors: E3001 to E3009 for the file, E3022 when there is no Plan in it."""
+    from wanloom.media import read_comment
+
+    text = read_comment(video)
+    if not text:
+        raise InputError("E3022", f"like: {video.name} carries no plan; it was not made by wanloom, or was re-encoded.")
+    return Plan.from_json(text)
+
+
+def _find_input(item: Input, role: str, given: Any, video: Path) -> Path:
+    """The picture that a Plan was made from: the one given, or one of that name beside the video or here."""
+    from wanloom.media import read_picture
+
+    option = "--" + role.replace("_", "-")
+    places = [Path(given)] if given is not None else [video.parent / item.name, Path(item.name)]
+    there = [place for place in places if place.is_file()]
+    for place in there:
+        if read_picture(place, role).sha256 == item.sha256:
+            return place
+    if there or given is not None:
+        raise InputError("E3023", f"{role}: {there[0] if there else given} is not the {item.name} the video was made from.")
+    raise InputError("E3024", f"{role}: {item.name} is needed again and is not here. Give it with {option} FILE.")
+
+
+def _check_replay(plan: Plan, replayed: Plan, typed: Mapping[str, str | bool]) -> None:
+    """Say what differs from the video that is replayed, beyond what the person asked to differ."""
+    named = set(typed) | ({"shift", "sigmas", "timesteps", "spans", "steps"} if {"steps", "shift"} & set(typed) else set())
+    odd = [name for name in differences(plan, replayed) if name not in named and name not in ("segments", "variant")]
+    if odd and not named & {"task", "size", "frames", "seed", "sampler", "guidance", "image"}:
+        warnings.warn(WanloomWarning(f"W2033: like: this model plans other {', '.join(odd)}."), stacklevel=3)
+
+
+def _seed(request: Request) -> int:
+    """The seed decided here, so that the file's name, the plan line and a resumed run agree on it."""
+    return secrets.randbelow(2**32) if request.seed in (None, -1) else int(request.seed or 0)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def choose_model(request: Request) -> tuple[Variant, str | None]:
+    """The model of the task, and the demo model's name when no checkpoint was given. Errors: E2001, E2002."""
+    task = request.task or DEFAULT_TASK
+    if any(getattr(request, name) is not None for name in PARTS):
+        return variant_for(task), None
+    row = variant_for(task, demo=True)
+    if row.name not in demo.available():
+        raise InputError("E2001", f"--ckpt-dir is required: this installation has no weights of {row.name}.")
+    return row, row.name
+
+
+def _with_demo_path(request: Request, demo_name: str | None) -> Request:
+    return request if demo_name is None else replace(request, task=demo_name, ckpt_dir=demo.path_of(demo_name))
+
+
+def _warn_of_unknown_words(prompt: str) -> None:
+    """The demo world has few words; others are read as one unknown word, and the picture will not show them."""
+    from wanloom.demo import world
+
+    words = world.unknown_words(prompt)
+    if words:
+        named = ", ".join(repr(word) for word in words[:6])
+        example = world.example_prompts(1)[0]
+        text = f"the demo model does not know {named}. It knows plain shapes that move, for example: {example}"
+        warnings.warn(WanloomWarning(f"W2034: prompt: {text}"), stacklevel=3)
+
+
+# --- the pictures ------------------------------------------------------------------------------------------------------
+
+
+def read_pictures(request: Request) -> tuple[Input, ...]:
+    """Every picture of a request, opened and understood. Errors: E3001 to E3008, naming the option."""
+    inputs = []
+    for role in ROLES:
+        source = getattr(request, role)
+        if source is not None:
+            from wanloom.media import read_picture
+
+            picture = read_picture(source, role.replace("_", "-"))
+            inputs.append(Input(role=role, name=picture.name, sha256=picture.sha256, size=picture.size))
+    return tuple(inputs)
+
+
+# --- the output --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_odd_target(text: str | bool | None) -> None:
+    """A directory or a device as output, whatever its name ends in. Error: E5001."""
+    if not isinstance(text, str):
+        return
+    try:
+        mode = Path(text).stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError("E5001", f"out: {text} is {what}, expected the name of a video file.")
+
+
+def output_files(request: Request, plan: Plan) -> tuple[Path, ...]:
+    """One file for each seed: the one named, with its seed when there are several, or a fresh name in this folder."""
+    seeds = [plan.seed + index for index in range(request.num)]
+    if request.out is not None:
+        if request.num == 1:
+            return (request.out,)
+        return tuple(request.out.with_name(f"{request.out.stem}_{seed}{request.out.suffix}") for seed in seeds)
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    size = f"{plan.size[0]}x{plan.size[1]}"
+    return tuple(_fresh(f"{plan.task}_{size}_{seed}_{stamp}") for seed in seeds)
+
+
+def _fresh(stem: str) -> Path:
+    """A file name that nobody has yet."""
+    path, count = Path(f"{stem}.mp4"), 2
+    while path.exists() or path.with_suffix(".job").exists():
+        path, count = Path(f"{stem}_{count}.mp4"), count + 1
+    return path
+
+
+def check_outputs(outputs: tuple[Path, ...], request: Request, plan: Plan, need: budget.Need) -> None:
+    """The files can be written and the encoder works. Errors: E2017, E5001, E5002, E5003, E8004."""
+    from wanloom import media
+
+    for path in outputs:
+        media.check_output(path, overwrite=request.overwrite, need=need.disk * len(outputs))
+    media.try_encoder(outputs[0], size=plan.size, fps=plan.fps, quality=plan.quality)

@@ -1,0 +1,67 @@
+"""Is there room: what a run needs beside what this machine has free, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wanloom import budget
+from wanloom.cli.console import bytes_text
+from wanloom.cli.doctor import torch_has_gpu_build
+from wanloom.errors import InputError
+from wanloom.request import Request
+from wanloom.runtime import machine
+
+PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
+
+
+def check_machine(request: Request) -> None:
+    """A GPU that was asked for must be there. Error: E8002, which names the way without one."""
+    wanted = [value for value in (request.device, request.noise_device) if value not in (None, "cpu")]
+    if not wanted:
+        return
+    graphics = machine.gpus()
+    index = int(str(wanted[0]).partition(":")[2] or 0)
+    if not graphics:
+        raise InputError("E8002", f"device: {wanted[0]} was asked for, but no NVIDIA GPU is here. Use --device cpu.")
+    if not torch_has_gpu_build():
+        raise InputError("E8002", "device: this torch is the CPU build. Install the CUDA build, or use --device cpu.")
+    if index >= len(graphics):
+        raise InputError("E8002", f"device: {wanted[0]} was asked for, but there are {len(graphics)} GPUs, from 0 on.")
+
+
+def runs_on_gpu(request: Request) -> bool:
+    """Where the run will be: what was asked for, else a GPU where torch can use one."""
+    if request.device is not None:
+        return request.device != "cpu"
+    return bool(machine.gpus()) and torch_has_gpu_build()
+
+
+def dtype_of(request: Request, *, on_gpu: bool) -> str:
+    """The number format of the transformer: what was asked for, else bfloat16 on a GPU and float32 on a CPU."""
+    return request.dtype or ("bfloat16" if on_gpu or request.convert_model_dtype else "float32")
+
+
+def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have:
+    """Free bytes of disk, memory and the GPU that would be used; what cannot be known counts as enough."""
+    memory = machine.memory()
+    graphics = machine.gpus() if on_gpu else ()
+    index = int((request.device or "").partition(":")[2] or 0)
+    return budget.Have(
+        disk=machine.disk_free(folder),
+        host=memory[1] if memory else PLENTY,
+        gpu=graphics[index].free if index < len(graphics) else None,
+    )
+
+
+def check_room(need: budget.Need, have: budget.Have) -> None:
+    """Memory for the largest stage. Errors: E5003 disk, E5004 GPU memory, E5005 main memory, with both numbers."""
+    codes = {"disk": "E5003", "gpu": "E5004", "host": "E5005"}
+    words = {"disk": "disk", "gpu": "GPU memory", "host": "memory"}
+    cures = {
+        "disk": "Free some, or write elsewhere with --out.",
+        "gpu": "Try a smaller --size, fewer --frames, or --device cpu.",
+        "host": "Try --dtype bfloat16, a smaller --size or fewer --frames; `wanloom plan` says what fits.",
+    }
+    for item in budget.fits(need, have):
+        numbers = f"needs about {bytes_text(item.need)}, {bytes_text(item.have)} are free"
+        raise InputError(codes[item.what], f"{words[item.what]}: {numbers}. {cures[item.what]}")

@@ -1,0 +1,496 @@
+"""The job folder: what a run keeps on disk while it works, so that nothing done is lost.
+
+`a.mp4` is made beside `a.job/`, which holds
+
+    plan.json                 the Plan, the seeds, the request, and what the bits depend on (see `Record`)
+    conditioning.safetensors  what the encoders made of prompt and pictures
+    state-0012.safetensors    latents and solver state after 12 steps; the last two are kept
+    latents.safetensors       the final latents, on disk before decoding begins
+    published.json            SHA-256 of each finished video, written just before it gets its name
+    lock                      held while a process works here
+
+and vanishes when the last video has its name.  Every file carries a SHA-256 of its tensors; a damaged state is said to
+be so and the one before it is used.  Continued on an equal machine a run gives the same bits; elsewhere it starts over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from wanloom.durable import failpoint, sha256_file, sweep, sync_directory, write_atomic
+from wanloom.errors import InputError, Interrupted, WanloomWarning
+from wanloom.plan import Plan, differences
+from wanloom.request import OPTIONS, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Raised whenever the same Plan on the same machine gives other bits than before: runs of older code are not continued.
+NUMERICS = 1
+
+FORMAT = 1  # of plan.json
+KEEP = 2  # states on disk
+EVERY_SECONDS = 60.0
+EVERY_SHARE = 0.05  # of the steps
+
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
+# ---------------------------------------------------------------- what a job is
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything a run must agree on with the one it continues.
+
+    plan: of the first video; seeds: one for each; outputs: their file names; request: as option texts;
+    precision: dtype of each part; weights: file -> identity; machine: what decides the bits beside all that.
+    """
+
+    plan: Plan
+    seeds: tuple[int, ...]
+    outputs: tuple[str, ...]
+    request: Mapping[str, str | bool]
+    precision: Mapping[str, str]
+    weights: Mapping[str, str]
+    machine: Mapping[str, str]
+
+    def to_json(self) -> str:
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "plan"}
+        return json.dumps({"format": FORMAT, "plan": asdict(self.plan), **data}, ensure_ascii=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Raises ValueError, LookupError or TypeError for anything else, InputError for a plan that is none."""
+        data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}")
+        maps = {name: _string_map(data[name]) for name in ("request", "precision", "weights", "machine")}
+        seeds = tuple(int(seed) for seed in data["seeds"])
+        outputs = tuple(Path(str(name)).name for name in data["outputs"])
+        return cls(Plan.from_json(json.dumps(data["plan"])), seeds, outputs, **maps)
+
+    def differs_from(self, other: Record) -> list[str]:
+        """Fields of the request and the weights in which two records differ; the machine is not among them."""
+        names = list(differences(self.plan, other.plan))
+        names += [name for name in ("seeds", "outputs") if getattr(self, name) != getattr(other, name)]
+        for what in ("precision", "weights"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            names += [f"{what} of {key}" for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+        return names
+
+
+def _string_map(data: Any) -> dict[str, Any]:
+    return {str(key): value if isinstance(value, bool) else str(value) for key, value in data.items()}
+
+
+def request_texts(request: Request) -> dict[str, str | bool]:
+    """A request as the texts its options take; what is in memory only (a picture) cannot be written and is left out."""
+    texts: dict[str, str | bool] = {}
+    for option in OPTIONS:
+        value = getattr(request, option.name)
+        if value is None or value == option.default:
+            continue
+        if option.name == "size" and not isinstance(value, str):
+            texts[option.name] = f"{value[0]}x{value[1]}"
+        elif isinstance(value, tuple):
+            texts[option.name] = ",".join(repr(item) for item in value)
+        elif isinstance(value, Path) or option.metavar in ("FILE", "DIR", "PATH"):
+            if isinstance(value, str | os.PathLike):
+                texts[option.name] = str(Path(value).absolute())
+        else:
+            texts[option.name] = value if isinstance(value, bool) else str(value)
+    return texts
+
+
+def stored_request(folder: str | Path) -> dict[str, str | bool]:
+    """The request of an unfinished job as option texts, its seed decided, for `request_from_text`.  Error: E2020."""
+    record = read_record(Path(folder))
+    return {**record.request, "seed": str(record.seeds[0])}
+
+
+def read_record(folder: Path) -> Record:
+    """What `folder` is a job of.  Error: E2020 when it is none."""
+    try:
+        return Record.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            "E2020", f"resume: {folder} holds no unfinished job. Run the command again without it."
+        ) from None
+    except (*DAMAGED, InputError) as error:
+        raise InputError("E2020", f"resume: {folder}/plan.json is damaged ({str(error)[:80]}).") from None
+
+
+def folder_for(out: Path) -> Path:
+    """The job folder of an output file."""
+    return out.with_name(f"{out.stem}.job")
+
+
+def resume_command(folder: Path) -> str:
+    """What a person types to continue."""
+    return f"wanloom generate --resume {shlex.quote(str(folder))}"
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class State:
+    """What is needed to go on after `done` steps: one dict of tensors per video."""
+
+    done: int
+    takes: tuple[dict[str, Tensor], ...]
+
+
+class Job:
+    """An open, locked job folder.  Use `open_job`; leave the `with` block to release the lock."""
+
+    def __init__(self, folder: Path, record: Record, lock: int, save_every: int | None) -> None:
+        self.folder, self.record = folder, record
+        self._lock, self._save_every = lock, save_every
+        self._saved_at, self._saved_step = time.monotonic(), 0
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    # --- tensors
+
+    def due(self, done: int, steps: int) -> bool:
+        """Whether to save the state after `done` of `steps` steps: a minute and 5 % of the steps have passed."""
+        new = done - self._saved_step
+        if done >= steps:  # the final latents are saved instead
+            return False
+        if self._save_every is not None:
+            return new >= self._save_every
+        return new >= EVERY_SHARE * steps and time.monotonic() - self._saved_at >= EVERY_SECONDS
+
+    def save_state(self, state: State) -> None:
+        """Write the state after `state.done` steps, durably, and drop all but the last two."""
+        tensors = {f"{i}.{name}": value for i, take in enumerate(state.takes) for name, value in take.items()}
+        save_tensors(self.folder / f"state-{state.done:04d}.safetensors", tensors, {"done": state.done})
+        self._saved_at, self._saved_step = time.monotonic(), state.done
+        for old in self._states()[:-KEEP]:
+            old.unlink()
+        failpoint("state")
+
+    def load_state(self) -> State | None:
+        """The newest state that is whole; a damaged one is named in a warning (W7001) and skipped."""
+        for path in reversed(self._states()):
+            loaded = self._load(path)
+            if loaded is not None:
+                tensors, note = loaded
+                done = int(note["done"])
+                self._saved_at, self._saved_step = time.monotonic(), done
+                return State(done, tuple(_part(tensors, str(i)) for i in range(len(self.record.seeds))))
+        return None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write `name`.safetensors ("conditioning", "latents"), durably."""
+        save_tensors(self.folder / f"{name}.safetensors", tensors, {})
+        failpoint(name)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of `save`, or None when they are not there or damaged (then with a warning)."""
+        path = self.folder / f"{name}.safetensors"
+        loaded = self._load(path) if path.is_file() else None
+        return None if loaded is None else loaded[0]
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        try:
+            return load_tensors(path)
+        except DAMAGED as error:
+            warnings.warn(
+                WanloomWarning(f"W7001: {path.name} is damaged ({str(error)[:80]}); using what came before it."),
+                stacklevel=3,
+            )
+            return None
+
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob("state-*.safetensors"))
+
+    # --- the end
+
+    def announce(self, name: str, digest: str) -> None:
+        """Note that the file `name` with this SHA-256 is about to get its name."""
+        table = {**self._announced(), name: digest}
+        write_atomic(self.folder / "published.json", json.dumps(table).encode())
+
+    def published(self, path: Path) -> bool:
+        """Whether `path` is there and is what this job announced."""
+        digest = self._announced().get(path.name)
+        return digest is not None and path.is_file() and sha256_file(path) == digest
+
+    def _announced(self) -> dict[str, str]:
+        try:
+            return _string_map(json.loads((self.folder / "published.json").read_text()))
+        except FileNotFoundError:
+            return {}
+        except DAMAGED:
+            return {}
+
+    def forget(self) -> None:
+        """Drop all progress; the job starts over."""
+        for path in (*self.folder.glob("*.safetensors"), self.folder / "published.json"):
+            path.unlink(missing_ok=True)
+        self._saved_at, self._saved_step = time.monotonic(), 0
+
+    def finish(self) -> None:
+        """Remove the folder.  plan.json goes first of the small ones: without it a rest of the folder is no job."""
+        failpoint("finish")
+        self.forget()
+        sweep(self.folder)
+        for name in ("plan.json", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # a stranger's file in it: leave it
+            self.folder.rmdir()
+            sync_directory(self.folder.parent)
+
+
+def open_job(
+    folder: Path, record: Record, *, resume: bool, overwrite: bool = False, save_every: int | None = None
+) -> tuple[Job, str]:
+    """Lock the folder of a job and make it ready; the job, and a sentence when it starts over ("" otherwise).
+
+    resume=False makes a folder; an unfinished job there is refused unless overwrite=True.  resume=True continues it.
+    Errors: E2020 another request, other weights, or no job at all; E2021 another process works there; E5001 and E5003
+    the place; E5002 an unfinished job is in the way.
+    """
+    failpoint("folder")
+    if not resume:
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError("E5001", f"{folder}: cannot be made ({error.strerror}).") from error
+    job = Job(folder, record, _lock(folder), save_every)
+    try:
+        sweep(folder)
+        if not resume:
+            _begin(job, overwrite)
+            return job, ""
+        stored = read_record(folder)
+        fields_ = record.differs_from(stored)
+        if fields_:
+            names = ", ".join(fields_[:10])
+            raise InputError("E2020", f"resume: {folder} is another run; these differ: {names}. Nothing was changed.")
+        if record.machine == stored.machine:
+            return job, ""
+        notice = _machine_notice(record.machine, stored.machine)
+        job.forget()
+        _write_record(job)
+        return job, notice
+    except BaseException:
+        job.__exit__(None, None, None)
+        raise
+
+
+def _begin(job: Job, overwrite: bool) -> None:
+    if (job.folder / "plan.json").exists() and not overwrite:
+        raise InputError(
+            "E5002",
+            f"{job.folder}: an unfinished job is there. Continue: {resume_command(job.folder)}. Or give --overwrite.",
+        )
+    job.forget()
+    _write_record(job)
+    sync_directory(job.folder.parent)
+    failpoint("plan")
+
+
+def _write_record(job: Job) -> None:
+    write_atomic(job.folder / "plan.json", job.record.to_json().encode())
+
+
+def _machine_notice(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    changed = [f"{key} {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
+    return f"the job was begun elsewhere ({', '.join(changed)[:200]}): it starts over, so that nothing is mixed."
+
+
+def _lock(folder: Path) -> int:
+    """Hold `folder`/lock; the handle.  The system lets go of it when this process ends, however it ends."""
+    path = folder / "lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        raise InputError("E2020", f"resume: {folder} does not exist; there is nothing to continue.") from None
+    except OSError as error:
+        raise InputError("E5001", f"{folder}: cannot be written ({error.strerror}).") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise InputError("E2021", f"resume: {folder} is in use by process {holder}.") from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix.`, without it."""
+    return {name.partition(".")[2]: value for name, value in tensors.items() if name.partition(".")[0] == prefix}
+
+
+# ---------------------------------------------------------------- tensors on disk
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+    """A safetensors file that can prove it is whole: its header holds `note` and a SHA-256 of everything."""
+    from safetensors.torch import save
+
+    host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(dict(note), sort_keys=True)
+    write_atomic(path, save(host, metadata={"note": text, "sha256": _digest(host, text)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote.  Raises an error of `DAMAGED` for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if _digest(tensors, metadata["note"]) != metadata["sha256"]:
+        raise ValueError("its SHA-256 does not match")
+    note: dict[str, Any] = json.loads(metadata["note"])
+    return tensors, note
+
+
+def _digest(tensors: Mapping[str, Tensor], note: str) -> str:
+    import torch
+
+    total = hashlib.sha256(note.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------- what the bits depend on
+
+SAMPLES, SAMPLE = 64, 1 << 16
+
+
+def identity(path: Path) -> str:
+    """A fingerprint of a weight file that reads at most 4 MiB of it: its size and 64 pieces spread over it.
+
+    Two different checkpoints, or two trainings of one, never share it in practice; a single flipped bit may go unseen
+    (that is what `convert`'s SHA-256 manifest is for).  The name, place and time of the file do not matter.
+    """
+    size = path.stat().st_size
+    total = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(SAMPLES):
+            if size > SAMPLES * SAMPLE:
+                file.seek((size - SAMPLE) * i // (SAMPLES - 1))
+            total.update(file.read(SAMPLE))
+    return total.hexdigest()[:32]
+
+
+def machine_fingerprint(device: str, noise_device: str) -> dict[str, str]:
+    """What decides the bits of a run beside request and weights, as plain words."""
+    from importlib.metadata import version
+
+    import torch
+
+    facts = {
+        "numerics": str(NUMERICS),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": _device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "cpu features": torch.backends.cpu.get_cpu_capability(),
+        "onednn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]  # torch has no types here
+        "compile": "off",
+        "noise device": noise_device.partition(":")[0],
+    }
+    if device != "cpu":
+        facts["cuda"] = f"{torch.version.cuda} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+    return facts
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device == "cpu":
+        from wanloom.runtime.machine import cpu
+
+        return cpu().name
+    return torch.cuda.get_device_name(device)
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+class Stop:
+    """Ctrl-C (or SIGTERM) as a request: the step at work is finished and saved, then `Interrupted` (exit 7) is raised.
+
+    Outside a `held` block there is nothing to wait for and it is raised at once.  A second Ctrl-C is KeyboardInterrupt
+    (exit 130) wherever it strikes.  Signals are a matter of the main thread; elsewhere this does nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.asked = False
+        self._folder, self._holding = folder, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block that the first Ctrl-C does not cut; it takes effect at its end."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        self.check()
+
+    def check(self) -> None:
+        """Raise what was asked for."""
+        if self.asked:
+            raise self._error()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if not self._holding:
+            raise self._error()
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    def _error(self) -> Interrupted:
+        return Interrupted("E7001", f"stopped, nothing is lost. Continue: {resume_command(self._folder)}")

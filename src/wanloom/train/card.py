@@ -1,0 +1,208 @@
+"""The card of a demo model: what it was trained on and how, and what the judge says of what it makes.
+
+    python -m wanloom.train.card CHECKPOINT VARIANT [RUN ...]
+
+Figures are over 200 held-out one-object prompts (`world.examples`), seed = index, default steps, through the pipeline
+that everybody uses; the sheet shows the first 40 prompts, not chosen ones.  Proportions have Wilson's 95 % interval.  A
+model below a floor is a smoke-test model: `status` in card.json says so, and the command line repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import wanloom
+from wanloom.demo.judge import judge
+from wanloom.demo.world import Clip, examples, first_frame, render
+from wanloom.durable import write_atomic
+from wanloom.train.data import to_video
+from wanloom.train.export import seconds_trained
+from wanloom.train.flow import load_vae
+from wanloom.train.report import sheet
+from wanloom.train.vae import to_frames
+from wanloom.variants import VARIANTS
+
+# What a demo model must reach to be called one: figure -> (at least, aim).
+FLOORS_TEXT = {
+    "colour": (0.97, 0.995), "shape": (0.93, 0.98), "motion": (0.93, 0.98), "background": (0.97, 0.995),
+    "all_right": (0.85, 0.96), "iou": (0.88, 0.94),
+}  # fmt: skip
+FLOORS_IMAGE = {"first_frame_db": (28.0, 32.0), "image_motion": (0.90, 0.97)}
+FLOORS_ALL = {"vae_db": (32.0, 36.0)}
+MOST_SECONDS, MOST_BYTES = 3.0, 15_000_000
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion."""
+    z, p = 1.96, right / of
+    middle = (p + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise in dB of uint8 pictures."""
+    error = float(np.square(a.astype(np.float64) - b).mean())
+    return 10 * math.log10(255**2 / max(error, 1e-6))
+
+
+@dataclass
+class Table:
+    """Figures as they come in: means of numbers, proportions of marks."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, **figures: float) -> None:
+        for name, value in figures.items():
+            self.values.setdefault(name, []).append(float(value))
+
+    def summary(self) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, values in self.values.items():
+            mean = sum(values) / len(values)
+            if set(values) <= {0.0, 1.0}:
+                low, high = wilson(round(sum(values)), len(values))
+            else:
+                spread = 1.96 * float(np.std(values)) / math.sqrt(len(values))
+                low, high = mean - spread, mean + spread
+            out[name] = {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "of": len(values)}
+        return out
+
+
+def reconstruction(checkpoint: Path, size: int, frames: int, count: int) -> Table:
+    """The VAE alone: PSNR and judgement of held-out clips after a round trip, plain and with noise on the latents."""
+    vae, _ = load_vae(checkpoint)
+    table = Table()
+    for i, (clip, _) in enumerate(examples(count)):
+        pixels = render(clip, size, frames)
+        z, _ = vae.encode(to_video(pixels)[None])
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(i))
+        out = to_frames(vae.decode(z)[0][0])
+        noisy = to_frames(vae.decode(z + 0.3 * z.std((0, 2, 3, 4), keepdim=True) * noise)[0][0])
+        verdict, rough = judge(out, clip), judge(noisy, clip)
+        table.add(
+            vae_db=psnr(out, pixels), vae_iou=verdict.iou, vae_shape=verdict.shape, vae_all_right=verdict.all_right,
+            vae_noisy_all_right=rough.all_right,
+        )  # fmt: skip
+    return table
+
+
+def generated(
+    pipe: wanloom.Pipeline, count: int, folder: Path, *, image: bool, objects: int = 1
+) -> tuple[Table, list[tuple[str, list[np.ndarray]]]]:
+    """Judge what the pipeline makes of held-out prompts, from text alone or from a first frame as well."""
+    size = pipe.variant.defaults.size[0]
+    table, rows = Table(), []
+    for i, (clip, prompt) in enumerate(examples(count, objects=objects)):
+        given: dict[str, Any] = {}
+        if image:
+            path = folder / "first.png"
+            Image.fromarray(first_frame(clip, size)).save(path)
+            given["image"] = path
+        start = time.perf_counter()
+        video = pipe(prompt=prompt, seed=i, **given)
+        seconds = time.perf_counter() - start
+        frames = video.frames
+        table.add(**marks(frames, clip, "image_" if image else "two_" if objects == 2 else ""), seconds=seconds)
+        if image:
+            table.add(first_frame_db=psnr(frames[0], first_frame(clip, size)))
+        rows.append((prompt, [frames]))
+    return table, rows
+
+
+def marks(frames: np.ndarray, clip: Clip, prefix: str) -> dict[str, float]:
+    verdict = judge(frames, clip)
+    found = {
+        "colour": verdict.colour, "shape": verdict.shape, "motion": verdict.motion, "background": verdict.background,
+        "all_right": verdict.all_right, "count": verdict.count, "iou": verdict.iou,
+    }  # fmt: skip
+    return {prefix + name: float(value) for name, value in found.items()}
+
+
+def shortfalls(figures: dict[str, Any], bytes_: int, floors: dict[str, tuple[float, float]]) -> list[str]:
+    """Which floors are missed, in words."""
+    missed = [
+        f"{name} {figures[name]['mean']:g} (at least {least:g})"
+        for name, (least, _) in floors.items()
+        if figures[name]["mean"] < least
+    ]
+    if figures["seconds"]["mean"] > MOST_SECONDS:
+        missed.append(f"seconds {figures['seconds']['mean']:g} (at most {MOST_SECONDS:g})")
+    if bytes_ > MOST_BYTES:
+        missed.append(f"size {bytes_} bytes (at most {MOST_BYTES})")
+    return missed
+
+
+def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -> dict[str, Any]:
+    """Judge the checkpoint, write card.json, README.md and sheets beside it; returns the card."""
+    variant = VARIANTS[name]
+    text = variant.conditioner != "image"
+    image = bool(variant.images)
+    floors = {**FLOORS_ALL, **(FLOORS_TEXT if text else {}), **(FLOORS_IMAGE if image else {})}
+    pipe = wanloom.load(checkpoint, task=name)
+    figures = reconstruction(checkpoint, variant.defaults.size[0], variant.defaults.frames, count).summary()
+    sheets = checkpoint / "sheets"
+    for wanted, mode, objects in ((text, "text", 1), (image, "image", 1), (True, "two", 2)):
+        if not wanted:
+            continue
+        from_image = mode == "image" or (mode == "two" and not text)
+        table, rows = generated(pipe, count if objects == 1 else 100, checkpoint, image=from_image, objects=objects)
+        summary = table.summary()
+        figures |= {k: v for k, v in summary.items() if k != "seconds" or "seconds" not in figures}
+        sheet(rows[:40], sheets / f"{mode}.png", scale=1)
+    (checkpoint / "first.png").unlink(missing_ok=True)
+    weights = sum(p.stat().st_size for p in checkpoint.rglob("*.safetensors"))
+    missed = shortfalls(figures, weights, floors)
+    card = {
+        "name": name,
+        "status": "smoke-test" if missed else "demo",
+        "missed": missed,
+        "data": "procedural clips of wanloom.demo.world; held-out combinations never trained on",
+        "recipes": [f"recipes/{run.name}.toml" for run in runs],
+        "training_seconds": {run.name: round(seconds_trained(run)) for run in runs},
+        "weights_bytes": weights,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "figures": figures,
+        "floors": {k: list(v) for k, v in floors.items()},
+    }
+    write_atomic(checkpoint / "card.json", (json.dumps(card, indent=1) + "\n").encode())
+    write_atomic(checkpoint / "README.md", words_of(card).encode())
+    return card
+
+
+def words_of(card: dict[str, Any]) -> str:
+    """The card as a page."""
+    state = (
+        "a demo model" if card["status"] == "demo" else "a **smoke-test model**: it misses " + ", ".join(card["missed"])
+    )
+    lines = [
+        f"# {card['name']}", "", f"This is {state}.", "",
+        f"Data: {card['data']}. Recipes: {', '.join(card['recipes'])}. Seconds of training: "
+        + ", ".join(f"{run} {s}" for run, s in card["training_seconds"].items())
+        + f". Weights: {card['weights_bytes'] / 1e6:.1f} MB, bf16.", "",
+        "Judged on held-out prompts, seed = index, default steps, by `python -m wanloom.train.card`"
+        f" (torch {card['torch']}, {card['threads']} threads).", "",
+        "| figure | mean | 95 % interval | of | at least | aim |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, f in card["figures"].items():
+        floor = card["floors"].get(name, ["", ""])
+        lines.append(
+            f"| {name} | {f['mean']:g} | {f['low']:g} to {f['high']:g} | {f['of']} | {floor[0]} | {floor[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    made = make_card(Path(sys.argv[1]), sys.argv[2], [Path(run) for run in sys.argv[3:]])
+    print(json.dumps({"status": made["status"], "missed": made["missed"]}, indent=1))

@@ -1,0 +1,58 @@
+"""`wanloom doctor`: facts about this machine, found without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from wanloom.cli import doctor
+
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_versions_shown_are_those_of_the_imported_packages(run):
+    import torch
+
+    facts = json.loads(run("doctor", "--json").out)
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["problems"] == []
+
+
+def test_oldest_versions_are_those_of_pyproject():
+    stated = dict(re.match(r"([a-z]+)>=([\d.]+)", line).groups() for line in PROJECT["project"]["dependencies"])
+    assert {name: stated.get(name) for name in doctor.PACKAGES} == doctor.PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(None, "torch is missing"), ("2.9.1+cpu", "torch 2.9.1+cpu is older than 2.10")]
+)
+def test_a_missing_or_old_package_is_named_and_exits_8(run, monkeypatch, found, said):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: found if name == "torch" else real(name))
+    ran = run("doctor")
+    assert ran.code == 8
+    assert said in ran.out
+
+
+def test_a_gpu_beside_a_cpu_build_of_torch_is_remarked(run, monkeypatch):
+    card = doctor.machine.Gpu(0, "Test GPU", 24 * 10**9, 20 * 10**9, (8, 9))
+    monkeypatch.setattr(doctor.machine, "gpus", lambda: (card,))
+    monkeypatch.setattr(doctor, "_torch_build", lambda version: "cpu")
+    ran = run("doctor")
+    assert "Test GPU, 20.0 GB free of 24.0 GB, compute capability 8.9" in ran.out
+    assert "CPU build" in ran.out
+
+
+@pytest.mark.parametrize(("version", "build"), [("2.13.0+cpu", "cpu"), ("2.13.0+cu130", "cuda 13.0"), (None, "no")])
+def test_the_build_of_torch_is_read_from_its_version(version, build):
+    assert doctor._torch_build(version) == build
+
+
+def test_full_also_computes_and_tries_every_encoder(run):
+    tried = json.loads(run("doctor", "--full", "--json").out)["tried"]
+    assert re.fullmatch(r"\d+ GFLOP/s in float32 on the CPU", tried["matrix product"])
+    assert {suffix: tried[suffix] for suffix in doctor.SUFFIXES} == dict.fromkeys(doctor.SUFFIXES, "works")

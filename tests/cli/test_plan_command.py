@@ -1,0 +1,98 @@
+"""`wanloom plan`: the need of a run beside what a machine has."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from wanloom.cli import room
+from wanloom.plan import make_plan
+from wanloom.request import Request
+from wanloom.runtime.machine import Gpu
+from wanloom.variants import VARIANTS
+
+GB = 10**9
+
+
+@pytest.fixture
+def computer(monkeypatch):
+    """`computer(memory=..., disk=..., gpu=...)`: a machine with that much free, in GB; gpu 0: none."""
+
+    def build(memory: float = 1000, disk: float = 1000, gpu: float = 0) -> None:
+        cards = (Gpu(0, "Test GPU", int(gpu * GB), int(gpu * GB), (9, 0)),) if gpu else ()
+        monkeypatch.setattr(room.machine, "memory", lambda: (int(memory * GB), int(memory * GB)))
+        monkeypatch.setattr(room.machine, "disk_free", lambda path: int(disk * GB))
+        monkeypatch.setattr(room.machine, "gpus", lambda: cards)
+        monkeypatch.setattr(room, "torch_has_gpu_build", lambda: bool(gpu))
+
+    return build
+
+
+def test_a_large_machine_fits_and_exits_0(run, computer):
+    computer()
+    ran = run("plan", "t2v-A14B")
+    assert ran.code == 0
+    assert "It fits." in ran.out
+
+
+@pytest.mark.parametrize(
+    ("has", "short"), [({"memory": 20}, "memory"), ({"disk": 50}, "disk"), ({"gpu": 20, "memory": 100}, "GPU")]
+)
+def test_what_does_not_fit_is_named_and_exits_5(run, computer, has, short):
+    computer(**has)
+    ran = run("plan", "t2v-A14B")
+    assert ran.code == 5
+    assert f"It does not fit. {short}: " in ran.out
+
+
+def test_what_would_fit_instead_does_fit(run, computer):
+    computer(memory=21)
+    instead = run("plan", "t2v-A14B").out.rpartition("This would: wanloom ")[2].split()
+    assert instead[:2] == ["plan", "t2v-1.3B"]
+    assert run(*instead).code == 0
+
+
+def test_a_checkpoint_that_is_here_is_not_counted_as_a_download(run, computer):
+    computer(disk=50)
+    assert run("plan", "t2v-A14B").code == 5
+    assert run("plan", "t2v-A14B", "--ckpt-dir", "here").code == 0
+
+
+def test_numbers_are_those_of_the_budget(run, computer):
+    from wanloom import budget
+
+    computer()
+    facts = json.loads(run("plan", "t2v-1.3B", "--frames", "33", "--dtype", "bfloat16", "--json").out)
+    row = VARIANTS["t2v-1.3B"]
+    plan = make_plan(Request(task="t2v-1.3B", frames=33), row, draft=True)
+    need = budget.need(plan, row, "bfloat16")
+    assert facts["need"]["host"] == need.host
+    assert facts["need"]["flops"] == need.flops
+    assert facts["checkpoint_bytes"] == sum(file.bytes for file in row.files)
+    assert facts["fits"] is True
+
+
+def test_a_gpu_is_used_when_torch_can_and_nobody_says_otherwise(run, computer):
+    computer(gpu=80, memory=200)
+    assert json.loads(run("plan", "--json").out)["on"] == "gpu"
+    assert json.loads(run("plan", "--device", "cpu", "--json").out)["on"] == "cpu"
+
+
+def test_an_alias_of_an_option_is_the_option(run, computer):
+    computer()
+    by_alias = json.loads(run("plan", "--sample_steps", "4", "--frame_num", "5", "--base_seed", "1", "--json").out)
+    by_name = json.loads(run("plan", "--steps", "4", "--frames", "5", "--seed", "1", "--json").out)
+    assert by_alias["plan"] == by_name["plan"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_model_can_be_planned(run, computer, name):
+    computer()
+    assert run("plan", name).code == 0
+
+
+def test_two_names_for_the_model_conflict(run):
+    ran = run("plan", "t2v-14B", "--task", "i2v-14B")
+    assert ran.code == 2
+    assert ran.err.startswith("error[E2023]")
