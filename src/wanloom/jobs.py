@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -157,20 +157,35 @@ class State:
 
 
 class Job:
-    """An open, locked job folder.  Use `open_job`; leave the `with` block to release the lock."""
+    """A locked job folder, from `open_job`; inside the `with` block Ctrl-C is a request (`Stop`), after it unlocked."""
 
     def __init__(self, folder: Path, record: Record, lock: int, save_every: int | None) -> None:
         self.folder, self.record = folder, record
+        self._stop = Stop(folder)
         self._lock, self._save_every = lock, save_every
         self._saved_at, self._saved_step = time.monotonic(), 0
 
     def __enter__(self) -> Job:
+        self._stop.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop.__exit__(kind, error, trace)
+        self.close()
+
+    def close(self) -> None:
+        """Unlock the folder."""
         os.close(self._lock)
+
+    def held(self) -> AbstractContextManager[None]:
+        """A block that the first Ctrl-C does not cut."""
+        return self._stop.held()
+
+    def check(self) -> None:
+        """Raise `Interrupted` when Ctrl-C asked for it."""
+        self._stop.check()
 
     # --- tensors
 
@@ -179,6 +194,8 @@ class Job:
         new = done - self._saved_step
         if done >= steps:  # the final latents are saved instead
             return False
+        if self._stop.asked:
+            return True
         if self._save_every is not None:
             return new >= self._save_every
         return new >= EVERY_SHARE * steps and time.monotonic() - self._saved_at >= EVERY_SECONDS
@@ -265,6 +282,46 @@ class Job:
             sync_directory(self.folder.parent)
 
 
+class Memory:
+    """A job that keeps nothing: the same calls for a run whose videos stay in memory."""
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def check(self) -> None:
+        return None
+
+    def due(self, done: int, steps: int) -> bool:
+        return False
+
+    def save_state(self, state: State) -> None:
+        return None
+
+    def load_state(self) -> State | None:
+        return None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        return None
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        return None
+
+    def announce(self, name: str, digest: str) -> None:
+        return None
+
+    def published(self, path: Path) -> bool:
+        return False
+
+    def finish(self) -> None:
+        return None
+
+
 def open_job(
     folder: Path, record: Record, *, resume: bool, overwrite: bool = False, save_every: int | None = None
 ) -> tuple[Job, str]:
@@ -298,7 +355,7 @@ def open_job(
         _write_record(job)
         return job, notice
     except BaseException:
-        job.__exit__(None, None, None)
+        job.close()
         raise
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import header_of, raw_safetensors
 from safetensors.torch import save_file
 
 from wanloom.checkpoint.header import MAX_HEADER, read_header, stamp, unchanged
 from wanloom.errors import InputError
+from weight_files import header_of, raw_safetensors
 
 GOOD = {"a": ("F32", [2, 3]), "b": ("BF16", [4]), "c": ("U8", [0])}
 

@@ -171,7 +171,7 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
 
 def _entry(path: Path, name: str, value: object, start: int) -> Entry:
     """One line of the header as an Entry, each field checked."""
-    shown = ascii(name)[1:81]
+    shown = ascii(name)[1:-1][:80]
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise InputError("E4007", f"{path}: tensor {shown}: a name must be 1 to {MAX_NAME} printable characters.")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -206,7 +206,7 @@ def _check_tiling(path: Path, entries: Mapping[str, Entry], start: int, size: in
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.size)):
         if entry.offset != end:
             fault = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
-            raise InputError("E4007", f"{path}: tensor {ascii(entry.name)[1:81]}: {fault}.")
+            raise InputError("E4007", f"{path}: tensor {ascii(entry.name)[1:-1][:80]}: {fault}.")
         end += entry.size
     if end != size:
         raise InputError("E4006", f"{path}: expected {end} bytes, found {size}.")

@@ -369,4 +369,4 @@ def few(names: Iterable[str], most: int = 10) -> str:
 
 def _sample(entries: Mapping[str, Entry]) -> str:
     names = sorted(entries)
-    return f"{len(names)} tensors, the first is {ascii(names[0])[1:81]}" if names else "no tensors"
+    return f"{len(names)} tensors, the first is {ascii(names[0])[1:-1][:80]}" if names else "no tensors"

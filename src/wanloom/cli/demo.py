@@ -1,11 +1,116 @@
-"""placeholder"""
+"""`wanloom demo`: a video by the model inside this package, with nothing to download and no GPU.
+
+`--all` makes one with each demo model and an HTML page that shows them side by side.
+"""
+
+from __future__ import annotations
+
+import html
+import platform
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import click
-from wanloom.cli.options import Command, request_options
+
+from wanloom import demo
+from wanloom.cli.console import bytes_text, say
+from wanloom.cli.options import Command
+from wanloom.errors import InputError
+from wanloom.runtime import machine
+from wanloom.variants import VARIANTS
+
+FOLDER = Path("outputs")
+TASKS = {"t2v": "text to video", "i2v": "image to video", "ti2v": "text and image to video"}
 
 
 @click.command("demo", cls=Command)
-@request_options()
-def command(**params: object) -> int:
-    """Make a video."""
-    return 0
+@click.option("--prompt", metavar="TEXT", help="what the video shows: plain shapes that move")
+@click.option("--seed", default="7", metavar="N", help="another number, another video (default: 7)")
+@click.option("--all", "every", is_flag=True, help="one video with each demo model, and a page that shows them")
+@click.option("--preview", is_flag=True, help="show the video while it forms")
+def command(prompt: str | None, seed: str, every: bool, preview: bool) -> None:
+    """Make a video with the model that ships inside: no download, no GPU.
+
+    The models were trained by this project on a small world of moving shapes; they are not Wan checkpoints.
+    """
+    names = list(demo.available())
+    if not names:
+        raise InputError("E4001", "demo: this installation has no demo weights. `wanloom models` says what there is.")
+    say(header())
+    FOLDER.mkdir(exist_ok=True)
+    made = [one(name, prompt, seed, preview) for name in (names if every else names[:1])]
+    say()
+    if every:
+        page = FOLDER / "demo.html"
+        write_page(page, made)
+        say(f"All together: {page}")
+    say('Next   wanloom generate --prompt "a blue star bounces on sand"      your own')
+    if not every and len(names) > 1:
+        say("       wanloom demo --all                                         every demo model, on one page")
+    say("       wanloom plan t2v-A14B                                      what the real model needs here")
+
+
+def one(name: str, prompt: str | None, seed: str, preview: bool) -> tuple[str, str, Path]:
+    """One video by one demo model: its name, the prompt, the file."""
+    from wanloom.cli.prepare import prepare
+    from wanloom.cli.run import make
+
+    row = VARIANTS[name]
+    words = demo.EXAMPLES[name] if prompt is None else prompt
+    typed: dict[str, Any] = {"task": name, "prompt": words, "seed": seed, "preview": preview}
+    picture = FOLDER / f"{name}_start.png"
+    if row.needs("image"):
+        demo.draw_first_frame(words, picture, size=row.defaults.size[0])
+        typed["image"] = str(picture)
+    run = prepare(typed, like=None, resume=None, dry_run=True)
+    out = fresh(FOLDER / f"{name}_{run.plan.seed}.mp4")
+    run = replace(run, outputs=(out,), demo_name=None)
+    kind = TASKS[name.removeprefix("demo-")]
+    what = "a smoke-test model" if demo.is_smoke_test(name) else "trained by this project"
+    say()
+    say(f"Model  {name}: {kind}, {bytes_text(demo.size_of(name))} inside this package, {what}; not a Wan checkpoint")
+    say(f'Prompt "{words}"' + (f", from {picture}" if "image" in typed else ""))
+    make(run)
+    return name, words, out
+
+
+def header() -> str:
+    """'wanloom 0.1.0, Python 3.11.7, torch 2.13.0 (2 threads), no GPU'."""
+    graphics = machine.gpus()
+    card = graphics[0].name if graphics else "no GPU"
+    numbers = [f"{name} {_version(name)}" for name in ("wanloom", "torch")]
+    return f"{numbers[0]}, Python {platform.python_version()}, {numbers[1]} ({machine.threads()} threads), {card}"
+
+
+def fresh(path: Path) -> Path:
+    """The path itself, or with the first number behind it that nobody has yet."""
+    count, found = 2, path
+    while found.exists() or found.with_suffix(".job").exists():
+        found, count = path.with_name(f"{path.stem}_{count}{path.suffix}"), count + 1
+    return found
+
+
+def write_page(page: Path, made: list[tuple[str, str, Path]]) -> None:
+    """One HTML page with all videos, which lie beside it."""
+    from wanloom.durable import write_atomic
+
+    figures = "\n".join(
+        f'<figure><video src="{html.escape(file.name)}" autoplay loop muted playsinline></video>'
+        f"<figcaption><b>{html.escape(name)}</b><br>{html.escape(prompt)}</figcaption></figure>"
+        for name, prompt, file in made
+    )
+    style = (
+        "body{font:16px sans-serif;margin:2em;background:#fafafa}figure{display:inline-block;margin:1em;width:256px}"
+        "video{width:256px;height:256px;image-rendering:pixelated;border-radius:8px}"
+    )
+    text = f'<!DOCTYPE html><meta charset="utf-8"><title>wanloom demo</title><style>{style}</style>\n{figures}\n'
+    write_atomic(page, text.encode())
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(source tree)"

@@ -66,12 +66,12 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
         warnings.warn(WanloomWarning(f"W2004: {note}"), stacklevel=2)
     if demo_name is not None:
         _warn_of_unknown_words(plan.prompt)
-    outputs = output_files(request, plan)
+    outputs = output_files(request, plan) if resume is None else _outputs_of(resume, typed)
     on_gpu = runs_on_gpu(request)
     need = budget.need(plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu)
     have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
     if not dry_run:
-        check_outputs(outputs, request, plan, need)
+        check_outputs(outputs, plan, need, overwrite=request.overwrite or resume is not None)
         check_room(need, have)
     return Prepared(request, variant, files, plan, outputs, need, have, demo_name, resume)
 
@@ -217,10 +217,21 @@ def _fresh(stem: str) -> Path:
     return path
 
 
-def check_outputs(outputs: tuple[Path, ...], request: Request, plan: Plan, need: budget.Need) -> None:
+def _outputs_of(resume: Path, typed: Mapping[str, str | bool]) -> tuple[Path, ...]:
+    """The files that an unfinished run makes. Error: E2020 when another one is named."""
+    from wanloom.jobs import read_record
+
+    outputs = tuple(resume.absolute().parent / name for name in read_record(resume).outputs)
+    named = typed.get("out")
+    if isinstance(named, str) and Path(named).absolute() not in outputs:
+        raise InputError("E2020", f"resume: {resume} makes {outputs[0].name}, not {named}. Nothing was changed.")
+    return outputs
+
+
+def check_outputs(outputs: tuple[Path, ...], plan: Plan, need: budget.Need, *, overwrite: bool) -> None:
     """The files can be written and the encoder works. Errors: E2017, E5001, E5002, E5003, E8004."""
     from wanloom import media
 
     for path in outputs:
-        media.check_output(path, overwrite=request.overwrite, need=need.disk * len(outputs))
+        media.check_output(path, overwrite=overwrite, need=need.disk * len(outputs))
     media.try_encoder(outputs[0], size=plan.size, fps=plan.fps, quality=plan.quality)

@@ -27,9 +27,12 @@ PREVIEW_WIDTH = 64  # characters; wider pictures are thinned out
 
 
 class View(Protocol):
-    """What the commands call: a stage begins, `done` of its `total` steps are done, the last one ends."""
+    """What the commands call: a stage begins with `done` of its `total` steps done, and more are."""
 
-    def stage(self, name: str, total: int | None = None) -> None: ...
+    @property
+    def shows_pictures(self) -> bool: ...
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None: ...
 
     def step(self, done: int, peak: int | None = None) -> None: ...
 
@@ -41,9 +44,9 @@ class View(Protocol):
 class Pace:
     """Seconds a step from the last few steps, and what is left at that pace."""
 
-    def __init__(self) -> None:
+    def __init__(self, done: int = 0) -> None:
         self._last = time.monotonic()
-        self._done = 0
+        self._done = done
         self._recent: deque[float] = deque(maxlen=5)
 
     def reached(self, done: int) -> None:
@@ -64,24 +67,27 @@ class Pace:
 
 
 class Lines:
-    """Plain lines on stdout, for logs: the first and last of a stage, and one every few seconds between."""
+    """Plain lines on stdout, for logs: the first and last step of a stage, and one every few seconds between."""
+
+    shows_pictures = False
 
     def __init__(self) -> None:
         self._name = ""
         self._total: int | None = None
+        self._first = 1
         self._started = self._spoke = time.monotonic()
         self._pace = Pace()
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self.close()
-        self._name, self._total = name, total
+        self._name, self._total, self._first = name, total, done + 1
         self._started = self._spoke = time.monotonic()
-        self._pace = Pace()
+        self._pace = Pace(done)
 
     def step(self, done: int, peak: int | None = None) -> None:
         self._pace.reached(done)
         now = time.monotonic()
-        if self._total and (done == self._total or now - self._spoke >= LINE_EVERY):
+        if self._total and (done in (self._first, self._total) or now - self._spoke >= LINE_EVERY):
             self._spoke = now
             say(f"{self._name} {done}/{self._total}  {self._pace.text(self._total, peak)}")
 
@@ -99,6 +105,8 @@ class Lines:
 
 class Bars:
     """Bars that redraw in place, with the preview below them."""
+
+    shows_pictures = True
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -130,11 +138,11 @@ class Bars:
     def start(self) -> None:
         self._progress.start()
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self._finish()
-        self._started, self._pace, self._total = time.monotonic(), Pace(), total
-        count = f"0/{total}" if total else ""
-        self._task = self._progress.add_task(name, total=total, count=count, remark="")
+        self._started, self._pace, self._total = time.monotonic(), Pace(done), total
+        count = f"{done}/{total}" if total else ""
+        self._task = self._progress.add_task(name, total=total, completed=done, count=count, remark="")
 
     def step(self, done: int, peak: int | None = None) -> None:
         if self._task is None or not self._total:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from wanloom import budget
 from wanloom.cli.console import bytes_text
 from wanloom.cli.doctor import torch_has_gpu_build
-from wanloom.errors import InputError
+from wanloom.errors import InputError, WanloomWarning
 from wanloom.request import Request
 from wanloom.runtime import machine
 
@@ -54,14 +55,13 @@ def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have
 
 
 def check_room(need: budget.Need, have: budget.Have) -> None:
-    """Memory for the largest stage. Errors: E5003 disk, E5004 GPU memory, E5005 main memory, with both numbers."""
-    codes = {"disk": "E5003", "gpu": "E5004", "host": "E5005"}
-    words = {"disk": "disk", "gpu": "GPU memory", "host": "memory"}
-    cures = {
-        "disk": "Free some, or write elsewhere with --out.",
-        "gpu": "Try a smaller --size, fewer --frames, or --device cpu.",
-        "host": "Try --dtype bfloat16, a smaller --size or fewer --frames; `wanloom plan` says what fits.",
-    }
+    """Room for the largest stage. Errors: E5003 disk, E5004 GPU memory. Warning: W5005 main memory, which can swap."""
     for item in budget.fits(need, have):
         numbers = f"needs about {bytes_text(item.need)}, {bytes_text(item.have)} are free"
-        raise InputError(codes[item.what], f"{words[item.what]}: {numbers}. {cures[item.what]}")
+        if item.what == "gpu":
+            cure = "Try a smaller --size, fewer --frames, or --device cpu."
+            raise InputError("E5004", f"GPU memory: {numbers}. {cure}")
+        if item.what == "disk":
+            raise InputError("E5003", f"disk: {numbers}. Free some, or write elsewhere with --out.")
+        cure = "`wanloom plan` says what fits."
+        warnings.warn(WanloomWarning(f"W5005: memory: {numbers}; the system may stop this run. {cure}"), stacklevel=3)

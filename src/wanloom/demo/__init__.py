@@ -13,6 +13,11 @@ from typing import Any
 
 from wanloom.variants import VARIANTS
 
+EXAMPLES = {
+    "demo-t2v": "a red circle bounces on a sand background",
+    "demo-i2v": "a purple star moves right on a sky background",
+    "demo-ti2v": "a green heart grows on a white background",
+}
 MODELS = Path(__file__).resolve().parent / "models"
 
 
@@ -46,3 +51,19 @@ def is_smoke_test(name: str) -> bool:
 def size_of(name: str) -> int:
     """Bytes of all files of a demo model."""
     return sum(file.stat().st_size for file in path_of(name).rglob("*") if file.is_file())
+
+
+def draw_first_frame(prompt: str, path: Path, size: int) -> None:
+    """Write the picture (PNG, size x size) that a clip of the demo world with this prompt begins with."""
+    import numpy as np
+    from PIL import Image
+
+    from wanloom.demo import world
+
+    wanted = world.parse(prompt)
+    rng = np.random.default_rng(0)
+    asks = [(thing.shape, thing.colour or "red", thing.motion or "still") for thing in wanted.things]
+    clip = world.compose(rng, wanted.background or "white", asks or [("circle", "red", "still")])
+    if clip is None:
+        clip = world.sample_clip(rng)
+    Image.fromarray(world.first_frame(clip, size)).save(path)

@@ -164,7 +164,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         high = x.to(wide(x.dtype))
-        high = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + self.eps)
+        length = torch.linalg.vector_norm(high, dim=-1, keepdim=True)  # sums squares without storing them
+        high = high * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
         return high.to(x.dtype) * self.weight
 
 

@@ -1,0 +1,105 @@
+"""Run what was prepared, and show it: the plan line, the stages as they pass, the last line.
+
+This is where torch is imported; everything before it is done by then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanloom import demo
+from wanloom.cli.console import bytes_text, say, time_text
+from wanloom.cli.plan import headline
+from wanloom.cli.prepare import Prepared
+from wanloom.cli.progress import View, open_view
+
+if TYPE_CHECKING:
+    from wanloom.pipeline import Event, Result
+
+
+def make(run: Prepared) -> Result:
+    """Make the videos of a prepared run. Errors: those of `Pipeline.stream`, Interrupted (exit 7) among them."""
+    started = time.monotonic()
+    for line in opening(run):
+        say(line)
+    from wanloom.pipeline import Pipeline
+
+    request = run.request
+    pipe = Pipeline(
+        run.variant,
+        run.files,
+        device=request.device,
+        dtype=request.dtype or ("bfloat16" if request.convert_model_dtype else None),
+        text_device="cpu" if request.t5_cpu else None,
+    )
+    with open_view() as view:
+        # A continued run knows its files itself; naming them again could only contradict it.
+        result = follow(pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume), view)
+    for line in closing(result, time.monotonic() - started):
+        say(line)
+    return result
+
+
+def follow(stream: Iterable[Event], view: View) -> Result:
+    """Show a pipeline's events to the end and return its result."""
+    events = iter(stream)
+    stage = ""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        if event.message:
+            view.line(event.message)
+        if event.stage == "done":
+            continue
+        if event.stage != stage:
+            stage = event.stage
+            view.stage(stage, event.steps if event.steps > 1 else None, event.step)
+        elif event.steps > 1:
+            view.step(event.step, event.peak_gpu or event.peak_host)
+        if event.film is not None and view.shows_pictures:
+            film = event.film()
+            view.preview(film.width, film.height, film.frames[event.step % len(film.frames)])
+
+
+def opening(run: Prepared) -> list[str]:
+    """What is said before the work: whose model, if it is ours, and the plan with its need."""
+    lines = []
+    if run.demo_name is not None:
+        what = "a smoke-test model: it proves that all works, not what Wan can do" if is_smoke(run) else "small shapes"
+        lines.append(f"No --ckpt-dir: using {run.demo_name}, the small model inside this package ({what}).")
+    on_gpu = bool(run.need.gpu)
+    need, free = (run.need.gpu, run.have.gpu) if on_gpu else (run.need.host, run.have.host)
+    place = "GPU memory" if on_gpu else "memory"
+    many = f" to {run.plan.seed + run.request.num - 1}" if run.request.num > 1 else ""
+    room = f"about {bytes_text(need)} {place}, {bytes_text(free or 0)} free"
+    lines.append(f"plan: {run.variant.name} {headline(run.plan)}, seed {run.plan.seed}{many}; {room}")
+    return lines
+
+
+def is_smoke(run: Prepared) -> bool:
+    return run.demo_name is not None and demo.is_smoke_test(run.demo_name)
+
+
+def closing(result: Result, seconds: float) -> list[str]:
+    """The last lines: each file, then the last one with time, peak memory and seed."""
+    *earlier, last = zip(result.files, result.seeds, strict=True)
+    lines = [f"saved {shown(path)}, seed {seed}" for path, seed in earlier]
+    memory = f"peak {bytes_text(result.peak_host_bytes)}"
+    if result.peak_gpu_bytes is not None:
+        memory += f", GPU {bytes_text(result.peak_gpu_bytes)}"
+    path, seed = last
+    lines.append(f"saved {shown(path)} in {time_text(seconds)}, {memory}, seed {seed}")
+    return lines
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    here = Path.cwd()
+    absolute = path.absolute()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
