@@ -1,4 +1,4 @@
-"""Running `wanloom` in tests: in this process, where it is fast, or as a process of its own, where time and exit count."""
+"""Running `wanloom` in tests: in this process, which is fast, or as a process of its own."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def start(
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_process(
-    folder: Path, *words: object, program: tuple[str, ...] = ("-m", "wanloom"), **environment: str
-) -> Ran:
+def run_process(folder: Path, *words: object, program: tuple[str, ...] = ("-m", "wanloom"), **environment: str) -> Ran:
     """The command line as a process in `folder`, run to its end."""
     with start(folder, *words, program=program, **environment) as process:
         out, err = process.communicate(timeout=120)

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from command_line import Ran, run_here, run_process, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import tiny
+from command_line import Ran, run_here, run_process, start
 
 OWNED = (*range(1, 28), 31, *range(33, 39), *range(40, 50), *range(66, 88), 94, 95, 96)
 
@@ -39,7 +40,7 @@ SHORT = ("--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "1")
 SHARD = "diffusion_pytorch_model.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------ what the rows share
+# ------------------------------------------------------------------------------------------- what the rows share
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str], here: Path) -> Callable[..., Ran]:
 
 @pytest.fixture
 def refused(run: Callable[..., Ran], here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`refused("E2005", *words)`: the command line is refused with this code and leaves nothing; returns the message."""
+    """`refused("E2005", *words)`: refused with this code, nothing left behind; returns the message."""
 
     def read_entry(entry: object) -> None:
         pytest.fail(f"tensor data was read: {entry}")
@@ -110,7 +111,7 @@ def picture(tmp_path: Path) -> Path:
     return tiny.picture(tmp_path / "picture.png")
 
 
-# ------------------------------------------------------------------------------------------------ 1. the command line
+# ------------------------------------------------------------------------------------------- 1. the command line
 
 # Row -> (what is typed after `generate`, error code, words of the message); {t2v} and so on are small checkpoints.
 GOOD = "--ckpt-dir {t2v} --prompt x"
@@ -301,7 +302,7 @@ def test_b034_an_encoder_that_is_missing(kind, refused, models, monkeypatch):
     assert "encoder: " in said
 
 
-# ------------------------------------------------------------------------------------------------ 2. pictures
+# --------------------------------------------------------------------------------------------------- 2. pictures
 
 
 def png(width: int, height: int, *extra: tuple[bytes, bytes], pixels: bytes | None = None) -> bytes:
@@ -597,7 +598,7 @@ def test_b077_shards_missing_listed_twice_or_too_many(model, rejected):
     extra.write_bytes(kept)
     rejected("E4013", folder, names=extra.name)
     extra.unlink()
-    write_index(folder, {name: "diffusion_pytorch_model-00001-of-00002.safetensors" for name in where})
+    write_index(folder, dict.fromkeys(where, "diffusion_pytorch_model-00001-of-00002.safetensors"))
     rejected("E4013", folder)
     first = folder / "diffusion_pytorch_model-00001-of-00002.safetensors"
     write_index(folder, where)
@@ -646,9 +647,7 @@ def test_b080_the_model_of_another_task(has, asked, said, models, picture, rejec
 
 
 def test_b081_the_vae_of_the_other_generation(models, rejected):
-    assert "48 latent channels" in rejected(
-        "E4017", models / SMALL, SMALL, "--vae", models / TI2V / "Wan2.2_VAE.pth"
-    )
+    assert "48 latent channels" in rejected("E4017", models / SMALL, SMALL, "--vae", models / TI2V / "Wan2.2_VAE.pth")
     assert "16 latent channels" in rejected("E4017", models / TI2V, TI2V, "--vae", models / SMALL / "Wan2.1_VAE.pth")
 
 
@@ -731,7 +730,7 @@ def test_b094_python_files_in_a_model_folder_are_never_run(model, here):
         "import sys; seen = []\n"
         "sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event in ('import', 'exec') else None)\n"
         "from wanloom.cli import main\n"
-        f"code = main({['generate', '--task', SMALL, '--ckpt-dir', str(folder), *SHORT, '--prompt', 'x', '--dry-run']})\n"
+        f"code = main({['generate', '--task', SMALL, '--ckpt-dir', str(folder), *SHORT, '--prompt=x', '--dry-run']})\n"
         f"print([name for name in seen if {str(folder)!r} in name or 'modeling_wan' in name], file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
@@ -753,10 +752,11 @@ def test_b095_a_tokenizer_that_is_damaged_or_huge(kind, model, rejected):
     rejected("E4030", folder, names="tokenizer.json")
 
 
-# ------------------------------------------------------------------------------------------------ 4. found while running
+# ---------------------------------------------------------------------------------------- 4. found while running
 
 
-def long_run(folder: Path, models: Path, *words: object, **environment: str) -> tuple[object, ...]:
+def long_run(models: Path, *words: object) -> tuple[object, ...]:
+    """A command line whose file is a.mp4."""
     return "generate", "--ckpt-dir", models / T2V, *SHORT, "--prompt", "a cat runs", "--out", "a.mp4", *words
 
 
@@ -811,12 +811,19 @@ def test_b096_a_file_that_changes_while_it_is_loaded(kind, model, run, monkeypat
     check_refusal(ran, "E4001" if kind == "removed" else "E4011")
 
 
-@pytest.fixture
-def unfinished(models, here) -> Path:
-    """The folder of a run that was killed after its first step."""
-    ran = run_process(here, *long_run(here, models, "--save-every", 1), WANLOOM_FAILPOINT="state")
+@pytest.fixture(scope="session")
+def killed(models, tmp_path_factory) -> Path:
+    """The folder of a run that was killed after its first step; not to be changed."""
+    folder = tmp_path_factory.mktemp("killed")
+    ran = run_process(folder, *long_run(models, "--save-every", 1), WANLOOM_FAILPOINT="state")
     assert ran.code == -signal.SIGKILL, ran.err
-    return here / "a.job"
+    return folder / "a.job"
+
+
+@pytest.fixture
+def unfinished(killed, here) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(killed, here / "a.job"))
 
 
 def test_b035_resuming_something_else_changes_nothing(unfinished, models, run, here):
@@ -849,37 +856,46 @@ def test_b036_resuming_what_another_process_works_on(unfinished, run):
     assert "in use by process 4242" in ran.err
 
 
-def wait_for_step(process: Any) -> str:
-    """The output of a running process up to its first denoising steps."""
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if line.startswith("denoise "):
-            return seen
-    pytest.fail(f"no step was shown: {seen}{process.stderr.read()}")
+@pytest.mark.parametrize("times", [1, 2])
+def test_b040_ctrl_c_once_keeps_the_work_twice_stops_at_once(times, models, run, here, monkeypatch):
+    passed = []
+
+    def strike(point: str) -> None:
+        passed.append(point)
+        if (passed.count("step") == 2 and point == "step") or (point == "state" and times == 2):
+            signal.raise_signal(signal.SIGINT)  # in the second step, and again while that is being saved
+
+    monkeypatch.setattr("wanloom.pipeline.failpoint", strike)
+    monkeypatch.setattr("wanloom.jobs.failpoint", strike)
+    ran = run(*long_run(models))
+    if times == 2:
+        assert (ran.code, ran.err.splitlines()[-1]) == (130, "stopped.")
+        return
+    check_refusal(ran, "E7001")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    command = re.search(r"Continue: wanloom (generate --resume \S+)", ran.err)
+    assert command
+    again = run(*command[1].split())
+    assert again.code == 0, again.err
+    assert "resuming at step 2 of 2" in again.out
+    assert (here / "a.mp4").is_file()
 
 
-def test_b040_ctrl_c_once_keeps_the_work_twice_stops_at_once(models, here):
-    words = long_run(here, models, "--save-every", "1000")
-    words = tuple("1000" if word == "2" else word for word in words)
-    with start(here, *words, WANLOOM_LINES="0") as process:
-        wait_for_step(process)
+def test_b040_by_a_real_signal(models, here):
+    words = [1000 if word == "2" else word for word in long_run(models)]
+    with start(here, *words) as process:
+        for line in process.stdout:
+            if line.startswith("denoise "):
+                break
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 7, err
-    assert "error[E7001]" in err
-    command = re.search(r"wanloom generate --resume (\S+)", err)
-    assert command and Path(here, command[1], "plan.json").is_file()
-    with start(here, *words, "--overwrite") as process:
-        wait_for_step(process)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode in (7, 130), err
+    assert "Continue: wanloom generate --resume" in err
+    assert (here / "a.job" / "plan.json").is_file()
 
 
-# ------------------------------------------------------------------------------------------------ 5. in time, and all
+# ------------------------------------------------------------------------------------------- 5. in time, and all
 
 
 def timed(folder: Path, *words: object) -> tuple[float, Ran]:
@@ -915,4 +931,5 @@ def test_refusals_take_at_most_two_seconds_more_than_saying_the_version(models, 
 
 def test_every_row_has_exactly_one_owner():
     functions = {int(match[1]) for name in globals() if (match := re.match(r"test_b(\d{3})_", name))}
-    assert sorted([*functions, *REFUSED]) == sorted(OWNED)
+    assert not functions & set(REFUSED)
+    assert functions | set(REFUSED) == set(OWNED)

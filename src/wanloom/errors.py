@@ -7,8 +7,8 @@ Every error has a code. Its first digit is the exit code of the process: 2 usage
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
+from itertools import takewhile
 
 
 class WanloomError(Exception):
@@ -50,7 +50,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     def likeness(name: str) -> tuple[float, int]:
         # Of equally near names the one that begins alike: "t2v-15B" was to be t2v-14B, not ti2v-5B.
         ratio = difflib.SequenceMatcher(None, given, name).ratio()
-        return ratio, len(os.path.commonprefix([given, name]))
+        return ratio, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(given, name, strict=False)))
 
     near = max(names, key=likeness, default="")
     guess = f"Did you mean '{near}'? " if near and likeness(near)[0] >= 0.5 else ""

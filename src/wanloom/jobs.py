@@ -24,15 +24,15 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wanloom.durable import failpoint, sha256_file, sweep, sync_directory, write_atomic
-from wanloom.errors import InputError, Interrupted, WanloomWarning
+from wanloom.errors import InputError, Interrupted, NumericalError, WanloomWarning
 from wanloom.plan import Plan, differences
 from wanloom.request import OPTIONS, Request
 
@@ -157,48 +157,83 @@ class State:
 
 
 class Job:
-    """A locked job folder, from `open_job`; inside the `with` block Ctrl-C is a request (`Stop`), after it unlocked."""
+    """A locked job folder, from `open_job`.
+
+    Use it as `with job:`.  When the block is left by an error, the last step that was reached is saved first, and
+    Ctrl-C (or SIGTERM) becomes `Interrupted` with the command to go on; a folder without a finished step is removed.
+    A second Ctrl-C does not wait for the saving (KeyboardInterrupt, exit 130).
+    """
 
     def __init__(self, folder: Path, record: Record, lock: int, save_every: int | None) -> None:
         self.folder, self.record = folder, record
-        self._stop = Stop(folder)
         self._lock, self._save_every = lock, save_every
         self._saved_at, self._saved_step = time.monotonic(), 0
+        self._reached: State | None = None
+        self._terminate: Any = None  # what SIGTERM did before
 
     def __enter__(self) -> Job:
-        self._stop.__enter__()
+        if threading.current_thread() is threading.main_thread():
+            self._terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.__exit__(kind, error, trace)
-        self.close()
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                self._save_reached()
+                raise Interrupted("E7001", self._farewell()) from None
+            if error is not None:
+                self._leave(error)
+        finally:
+            if self._terminate is not None:
+                signal.signal(signal.SIGTERM, self._terminate)
+            self.close()
 
     def close(self) -> None:
         """Unlock the folder."""
         os.close(self._lock)
 
-    def held(self) -> AbstractContextManager[None]:
-        """A block that the first Ctrl-C does not cut."""
-        return self._stop.held()
+    def _leave(self, error: BaseException) -> None:
+        """After an error: keep what was reached, unless it led to the error or there is nothing."""
+        if isinstance(error, NumericalError) and self._reached is not None and not self._has("latents"):
+            self.finish()  # the same request on the same machine would fail again
+            return
+        with suppress(OSError, InputError):  # a full disk, perhaps: the error to hear about is the first one
+            self._save_reached()
+        if not self.any_progress():
+            self.finish()
 
-    def check(self) -> None:
-        """Raise `Interrupted` when Ctrl-C asked for it."""
-        self._stop.check()
+    def _farewell(self) -> str:
+        done = self._reached.done if self._reached else self._saved_step
+        where = "after denoising" if self._has("latents") else f"after step {done} of {self.record.plan.steps}"
+        return f"stopped {where}; nothing is lost. Continue: {resume_command(self.folder)}"
+
+    def any_progress(self) -> bool:
+        """Whether steps of an unfinished run are on disk here."""
+        return bool(self._states()) or self._has("latents")
+
+    def _has(self, name: str) -> bool:
+        return (self.folder / f"{name}.safetensors").is_file()
 
     # --- tensors
 
-    def due(self, done: int, steps: int) -> bool:
-        """Whether to save the state after `done` of `steps` steps: a minute and 5 % of the steps have passed."""
-        new = done - self._saved_step
-        if done >= steps:  # the final latents are saved instead
-            return False
-        if self._stop.asked:
-            return True
+    def reached(self, state: State) -> None:
+        """A step is done.  Its state is saved when a minute and 5 % of the steps have passed since the last saving."""
+        self._reached = state
+        new, steps = state.done - self._saved_step, self.record.plan.steps
         if self._save_every is not None:
-            return new >= self._save_every
-        return new >= EVERY_SHARE * steps and time.monotonic() - self._saved_at >= EVERY_SECONDS
+            due = new >= self._save_every
+        else:
+            due = new >= EVERY_SHARE * steps and time.monotonic() - self._saved_at >= EVERY_SECONDS
+        if due and state.done < steps:  # after the last step the latents are saved instead
+            self.save_state(state)
+
+    def _save_reached(self) -> None:
+        """Save the last step that was reached, when it is not on disk already."""
+        state = self._reached
+        if state is not None and self._saved_step < state.done < self.record.plan.steps and not self._has("latents"):
+            self.save_state(state)
 
     def save_state(self, state: State) -> None:
         """Write the state after `state.done` steps, durably, and drop all but the last two."""
@@ -291,16 +326,7 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def held(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def check(self) -> None:
-        return None
-
-    def due(self, done: int, steps: int) -> bool:
-        return False
-
-    def save_state(self, state: State) -> None:
+    def reached(self, state: State) -> None:
         return None
 
     def load_state(self) -> State | None:
@@ -360,7 +386,7 @@ def open_job(
 
 
 def _begin(job: Job, overwrite: bool) -> None:
-    if (job.folder / "plan.json").exists() and not overwrite:
+    if job.any_progress() and not overwrite:
         raise InputError(
             "E5002",
             f"{job.folder}: an unfinished job is there. Continue: {resume_command(job.folder)}. Or give --overwrite.",
@@ -497,57 +523,3 @@ def _device_name(device: str) -> str:
 
         return cpu().name
     return torch.cuda.get_device_name(device)
-
-
-# ---------------------------------------------------------------- Ctrl-C
-
-
-class Stop:
-    """Ctrl-C (or SIGTERM) as a request: the step at work is finished and saved, then `Interrupted` (exit 7) is raised.
-
-    Outside a `held` block there is nothing to wait for and it is raised at once.  A second Ctrl-C is KeyboardInterrupt
-    (exit 130) wherever it strikes.  Signals are a matter of the main thread; elsewhere this does nothing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.asked = False
-        self._folder, self._holding = folder, False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """A block that the first Ctrl-C does not cut; it takes effect at its end."""
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-        self.check()
-
-    def check(self) -> None:
-        """Raise what was asked for."""
-        if self.asked:
-            raise self._error()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if not self._holding:
-            raise self._error()
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-
-    def _error(self) -> Interrupted:
-        return Interrupted("E7001", f"stopped, nothing is lost. Continue: {resume_command(self._folder)}")

@@ -502,6 +502,8 @@ class PngSink:
         self._fps, self._comment = fps, comment
         self._file: BinaryIO = target.open("wb") if isinstance(target, Path) else target
         self._owned = isinstance(target, Path)
+        self._first: list[tuple[bytes, bytes]] = []  # chunks of the first frame, until it is known if another follows
+        self._size = b""
         self._frames = self._pieces = 0
         self._control = 0  # where the number of frames is written in the end
 
@@ -511,38 +513,55 @@ class PngSink:
         packed = io.BytesIO()
         Image.fromarray(frame).save(packed, "PNG")
         chunks = list(png_chunks(packed.getvalue()))
-        height, width = frame.shape[:2]
-        if not self._frames:
-            self._file.write(PNG)
-            self._chunk(b"IHDR", chunks[0][1])
-            if self._comment:  # iTXt: keyword, not compressed, no language, no translation, UTF-8
-                self._chunk(b"iTXt", b"Comment\0\0\0\0\0" + self._comment.encode())
-            self._control = self._file.tell()
-            self._chunk(b"acTL", struct.pack(">II", 1, 0))
-        control = struct.pack(">IIIIIHHBB", self._pieces, width, height, 0, 0, 1, self._fps, 0, 0)
-        self._chunk(b"fcTL", control)
-        self._pieces += 1
-        for kind, body in chunks:
-            if kind == b"IDAT" and not self._frames:
-                self._chunk(b"IDAT", body)
-            elif kind == b"IDAT":
-                self._chunk(b"fdAT", struct.pack(">I", self._pieces) + body)
-                self._pieces += 1
         self._frames += 1
+        if self._frames == 1:
+            self._size = struct.pack(">II", frame.shape[1], frame.shape[0])
+            self._first = chunks
+            return
+        if self._frames == 2:
+            self._begin(animated=True)
+        self._frame_control()
+        for body in _pixels(chunks):
+            self._chunk(b"fdAT", struct.pack(">I", self._pieces) + body)
+            self._pieces += 1
 
     def close(self) -> None:
+        if self._frames == 1:
+            self._begin(animated=False)
         if self._frames:
             self._chunk(b"IEND", b"")
+        if self._control:
             self._file.seek(self._control)
             self._chunk(b"acTL", struct.pack(">II", self._frames, 0))
         self._file.flush()
         if self._owned:
             self._file.close()
 
+    def _begin(self, *, animated: bool) -> None:
+        """Everything up to the pixels of the first frame, and these."""
+        self._file.write(PNG)
+        self._chunk(*self._first[0])
+        if self._comment:  # iTXt: keyword, not compressed, no language, no translation, UTF-8
+            self._chunk(b"iTXt", b"Comment\0\0\0\0\0" + self._comment.encode())
+        if animated:
+            self._control = self._file.tell()
+            self._chunk(b"acTL", struct.pack(">II", 0, 0))
+            self._frame_control()
+        for body in _pixels(self._first):
+            self._chunk(b"IDAT", body)
+
+    def _frame_control(self) -> None:
+        at, rate = struct.pack(">II", 0, 0), struct.pack(">HHBB", 1, self._fps, 0, 0)
+        self._chunk(b"fcTL", struct.pack(">I", self._pieces) + self._size + at + rate)
+        self._pieces += 1
+
     def _chunk(self, kind: bytes, body: bytes) -> None:
-        self._file.write(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
-        )
+        check = zlib.crc32(body, zlib.crc32(kind))
+        self._file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check))
+
+
+def _pixels(chunks: list[tuple[bytes, bytes]]) -> list[bytes]:
+    return [body for kind, body in chunks if kind == b"IDAT"]
 
 
 def _codec_sink(suffix: str) -> Callable[[Target, int, int, str], Sink]:

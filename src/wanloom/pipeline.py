@@ -117,10 +117,9 @@ class Work:
 
     def tensors_file(self, plan: Plan) -> Path | None:
         """Where `save_tensors` puts the tensors of this video: the file named, with the seed when there are several."""
-        path = self.order.request.save_tensors
-        if path is None or self.order.request.num == 1:
-            return path
-        return path.with_name(f"{path.stem}_{plan.seed}{path.suffix}")
+        request = self.order.request
+        path = None if request.save_tensors is None else Path(request.save_tensors)
+        return path if path is None or request.num == 1 else path.with_name(f"{path.stem}_{plan.seed}{path.suffix}")
 
     def result(self) -> Result:
         host, gpu = peak_memory(self._device)
@@ -193,10 +192,10 @@ class Pipeline:
     def stream(
         self, request: Request, *, out: Path | Sequence[Path] | None = None, resume: Path | None = None
     ) -> Stream:
-        """Make what `request` asks for, step by step; the generator's value is the Result.  Closing it cancels.
+        """Make what `request` asks for, step by step; the generator's value is the Result.
 
         out: the file (or files, one a seed) to write; without it the videos are in the Result.  resume: an unfinished
-        job's folder, which knows its files.
+        job's folder, which knows its files.  Closing the generator cancels; a job with steps behind it can be resumed.
 
         Errors: InputError for what can be mended, NumericalError (exit 6) for values that are not finite, Interrupted
         (exit 7) after Ctrl-C when there is a file to go on with.
@@ -314,7 +313,6 @@ class Pipeline:
         if work.order.request.preview:
             with self.parts.use("vae") as vae:
                 work.previewer = Previewer.fit(vae)
-        work.job.check()
         yield work.event("encode", 1, 1)
         return conditioning.map(lambda tensor: tensor.to(self.device))
 
@@ -341,24 +339,20 @@ class Pipeline:
             runs = self._runs(work, velocity, conditioning, state)
             latest: list[Step] = []
             for index in range(start, plan.steps):
-                with job.held():
-                    latest = []
-                    for take, run in enumerate(runs):
-                        failpoint("step")
-                        step = next(run)
-                        self._require_finite_step(step, plan, said)
-                        latest.append(step)
-                        film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
-                        yield work.event(
-                            "denoise", index * takes + take + 1, plan.steps * takes, sigma=step.sigma, t=step.t,
-                            expert=velocity.name, seed=work.plans[take].seed, film=film,
-                        )  # fmt: skip
-                    done = index + 1
-                    if job.due(done, plan.steps):
-                        job.save_state(State(done, tuple(_flat(step) for step in latest)))
-                    if done == plan.steps:
-                        job.save("latents", {str(take): step.x[0] for take, step in enumerate(latest)})
-        return [step.x[0].float() for step in latest]
+                latest = []
+                for take, run in enumerate(runs):
+                    failpoint("step")
+                    step = next(run)
+                    self._require_finite_step(step, plan, said)
+                    latest.append(step)
+                    film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
+                    yield work.event(
+                        "denoise", index * takes + take + 1, plan.steps * takes, sigma=step.sigma, t=step.t,
+                        expert=velocity.name, seed=work.plans[take].seed, film=film,
+                    )  # fmt: skip
+                job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
+            job.save("latents", {str(take): step.x[0] for take, step in enumerate(latest)})
+        return [step.x[0] for step in latest]
 
     def _experts(self, plan: Plan, conditioning: Conditioning, said: dict[str, Tensor]) -> Experts:
         """The velocity of this plan: guidance over the experts, of which one is loaded at a time."""
@@ -437,7 +431,6 @@ class Pipeline:
         """Pixels [3, n, H, W] in [-1, 1] of each latent frame in turn."""
         for number, piece in enumerate(vae.decode_chunks(z[None])):
             require_finite(piece, "E6003", f"decoding, latent frame {number + 1} of {z.shape[1]}: the pixels")
-            work.job.check()
             failpoint("decode")
             yield piece[0].float()
 
@@ -528,7 +521,7 @@ def require_finite(tensor: Tensor, code: str, what: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     raise NumericalError(
         code,
-        f"{what}: {bad} of {tensor.numel()} values are not finite. No video was written. Try float32, check the weights.",
+        f"{what}: {bad} of {tensor.numel()} values are not finite. No video was written. Try another dtype.",
     )
 
 
@@ -542,10 +535,6 @@ def resolve_device(device: str | None) -> str:
         if not there or index >= torch.cuda.device_count():
             raise InputError("E8002", f"device: {device} was asked for and is not there. Use --device cpu.")
     return device
-
-
-def _flat(step: Step) -> dict[str, Tensor]:
-    return {"x": step.x, **step.state}
 
 
 def _outputs(out: Path | Sequence[Path] | None, resume: Path | None, order: Order) -> tuple[Path, ...]:

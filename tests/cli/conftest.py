@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from command_line import Ran, run_here, run_process
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 from safetensors.torch import load_file
+
+import tiny
 
 NAME = "t2v-1.3B"
 

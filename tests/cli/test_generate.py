@@ -7,9 +7,10 @@ import re
 import signal
 
 import pytest
+from safetensors.torch import load_file
+
 import tiny
 from command_line import run_process
-from safetensors.torch import load_file
 from wanloom import media
 from wanloom.plan import Plan
 
@@ -29,7 +30,9 @@ def test_a_video_is_made_and_the_last_line_says_what_it_took(run, models, tmp_pa
     ran = run("generate", "--task", SMALL, "--ckpt-dir", models / SMALL, *SHORT, "--out", "a.mp4")
     assert ran.code == 0, ran.err
     first, *_, last = ran.out.splitlines()
-    assert first.startswith("plan: t2v-1.3B 64x64, 5 frames at 16 fps, unipc 2 steps, shift 5, guidance 5, seed 1; about")
+    assert first.startswith(
+        "plan: t2v-1.3B 64x64, 5 frames at 16 fps, unipc 2 steps, shift 5, guidance 5, seed 1; about"
+    )
     assert re.fullmatch(r"saved a\.mp4 in [\d.]+ s, peak [\d.]+ [GM]B, seed 1", last)
     frames, fps = media.read_video(tmp_path / "a.mp4")
     assert (frames.shape, fps) == ((5, 64, 64, 3), 16)
@@ -234,3 +237,32 @@ def test_without_demo_weights_the_demo_command_says_so(run, tmp_path, monkeypatc
     ran = run("demo")
     assert ran.code == 4
     assert ran.err.startswith("error[E4001]: demo: this installation has no demo weights")
+
+
+def test_ctrl_c_while_the_screen_is_drawn_also_keeps_the_work(run, models, tmp_path, monkeypatch):
+    from wanloom.cli import run as runner
+
+    real, seen = runner.show, []
+
+    def show(event, stage, view):
+        seen.append(event.stage)
+        if seen.count("denoise") == 2:
+            raise KeyboardInterrupt
+        return real(event, stage, view)
+
+    monkeypatch.setattr(runner, "show", show)
+    ran = run("generate", "--task", SMALL, "--ckpt-dir", models / SMALL, *SHORT, "--out", "a.mp4")
+    assert ran.code == 7
+    assert "Continue: wanloom generate --resume" in ran.err
+    monkeypatch.setattr(runner, "show", real)
+    assert run("generate", "--resume", "a.job").code == 0
+    assert (tmp_path / "a.mp4").is_file()
+
+
+def test_without_a_task_the_checkpoint_says_what_it_is(run, models, tmp_path):
+    tiny.picture(tmp_path / "cat.png")
+    words = ("generate", "--ckpt-dir", models / I2V, *SHORT, "--image", "cat.png", "--dry-run")
+    assert json.loads(run(*words).out)["variant"] == I2V
+    ran = run("generate", "--ckpt-dir", models / SMALL, *SHORT, "--dry-run")
+    assert ran.code == 2
+    assert "can be t2v-1.3B or t2v-14B. Say which with --task." in ran.err

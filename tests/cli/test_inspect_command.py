@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 import tiny
 from wanloom.checkpoint.inspect import MANIFESTS
 
@@ -38,7 +39,12 @@ def test_a_manifest_has_the_tensors_of_our_module(run):
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["absent"], "E4001"), (["--manifest", "wan2.1-vea"], "E2022"), ([], "E2023"), (["a", "--manifest", "b"], "E2023")],
+    [
+        (["absent"], "E4001"),
+        (["--manifest", "wan2.1-vea"], "E2022"),
+        ([], "E2023"),
+        (["a", "--manifest", "b"], "E2023"),
+    ],
 )
 def test_what_cannot_be_inspected_is_one_line(run, words, code):
     ran = run("inspect", *words)

@@ -97,13 +97,19 @@ FIXED: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def given_sizes(weights: Weights) -> dict[str, Any]:
-    """What the files say of themselves beside their tensors: config.json, or what `convert` put into the headers."""
-    written = weights.metadata.get(CONFIG)
-    file = weights.path
-    out = read_config(file, parse_json(written.encode(), file), weights.kind) if written is not None else {}
-    if weights.config_file is not None:
-        out |= read_config(weights.config_file, read_json(weights.config_file, limit=2**20), weights.kind)
-    return out
+    """What the files say of themselves beside their tensors: config.json, and what `convert` put into the headers.
+
+    Errors: E4021 when the two disagree, and those of `read_config`.
+    """
+    note, file = weights.metadata.get(CONFIG), weights.config_file
+    out = read_config(weights.path, parse_json(note.encode(), weights.path), weights.kind) if note is not None else {}
+    if file is None:
+        return out
+    beside = read_config(file, read_json(file, limit=2**20), weights.kind)
+    for name, value in beside.items():
+        if out.get(name, value) != value:
+            raise InputError("E4021", f"{file}: {name} is {_plain(value)}, the weight files say {_plain(out[name])}.")
+    return out | beside
 
 
 def read_config(file: Path, document: object, kind: str) -> dict[str, Any]:

@@ -157,8 +157,10 @@ def _explain_other(variant: Variant, root: Path) -> None:
     assert isinstance(config, DiTConfig)
     check_dit(path, config, variant)
     names = " or ".join(candidates(config, experts=len(experts))) or "another model"
-    if len(experts) > len(variant.experts):
-        raise InputError("E4016", f"{root}: this is {names} (two experts), expected {variant.name} (one transformer).")
+    if not set(experts) & set(variant.expert_names):
+        counts = {1: "one transformer", 2: "two experts"}
+        mine, theirs = counts[len(experts)], counts[len(variant.experts)]
+        raise InputError("E4016", f"{root}: this is {names} ({mine}), expected {variant.name} ({theirs}).")
 
 
 # ---------------------------------------------------------------- the other parts

@@ -67,13 +67,9 @@ def print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     """`wanloom --version`."""
     if not wanted or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from wanloom import __version__
 
-    try:
-        number = version("wanloom")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        number = "(source tree)"
-    print(f"wanloom {number}")
+    print(f"wanloom {__version__}")
     ctx.exit(0)
 
 

@@ -1,4 +1,4 @@
-"""`wanloom convert SRC DST --to LAYOUT`: a checkpoint in another layout or number format, with SHA-256 of every file."""
+"""`wanloom convert SRC DST --to LAYOUT`: a checkpoint in another layout or number format, with its SHA-256 sums."""
 
 from __future__ import annotations
 
@@ -31,4 +31,5 @@ def command(src: str, dst: str, to: str, dtype: str | None, overwrite: bool) -> 
         size = file.stat().st_size
         total += size
         say(f"{bytes_text(size):>9}  {file.relative_to(written.path) if file != written.path else file.name}")
-    say(f"Wrote {written.path}: {len(written.files)} files, {bytes_text(total)}, {time_text(time.perf_counter() - started)}")
+    took = time_text(time.perf_counter() - started)
+    say(f"Wrote {written.path}: {len(written.files)} files, {bytes_text(total)}, {took}")

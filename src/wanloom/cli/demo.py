@@ -8,13 +8,13 @@ from __future__ import annotations
 import html
 import platform
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from wanloom import demo
+from wanloom import __version__, demo
 from wanloom.cli.console import bytes_text, say
 from wanloom.cli.options import Command
 from wanloom.errors import InputError
@@ -80,8 +80,8 @@ def header() -> str:
     """'wanloom 0.1.0, Python 3.11.7, torch 2.13.0 (2 threads), no GPU'."""
     graphics = machine.gpus()
     card = graphics[0].name if graphics else "no GPU"
-    numbers = [f"{name} {_version(name)}" for name in ("wanloom", "torch")]
-    return f"{numbers[0]}, Python {platform.python_version()}, {numbers[1]} ({machine.threads()} threads), {card}"
+    torch = f"torch {version('torch')} ({machine.threads()} threads)"
+    return f"wanloom {__version__}, Python {platform.python_version()}, {torch}, {card}"
 
 
 def fresh(path: Path) -> Path:
@@ -107,10 +107,3 @@ def write_page(page: Path, made: list[tuple[str, str, Path]]) -> None:
     )
     text = f'<!DOCTYPE html><meta charset="utf-8"><title>wanloom demo</title><style>{style}</style>\n{figures}\n'
     write_atomic(page, text.encode())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(source tree)"

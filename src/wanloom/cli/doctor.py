@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from wanloom import __version__
 from wanloom.cli.console import bytes_text, rich_console
 from wanloom.cli.options import Command
 from wanloom.request import SUFFIXES
@@ -75,7 +76,7 @@ def examine() -> dict[str, Any]:
     if gpus and build == "cpu":
         notes.append("A GPU is here, but this torch is the CPU build: see 'Choosing torch' in the README.")
     return {
-        "wanloom": _version("wanloom"),
+        "wanloom": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": packages,
@@ -124,7 +125,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     found = facts["attention"]["found"]
     demos = [f"{name} ({status})" for name, status in facts["demo_models"].items()]
     rows = [
-        ("wanloom", facts["wanloom"] or "(source tree)"),
+        ("wanloom", facts["wanloom"]),
         ("Python", f"{facts['python']}, {facts['system']}"),
         ("torch", f"{packages['torch'] or 'missing'} ({facts['torch_build']} build)"),
         ("packages", ", ".join(rest)),

@@ -33,9 +33,7 @@ def command(like: str | None, resume: str | None, dry_run: bool, **params: Any) 
     """
     if like is not None and resume is not None:
         raise InputError("E2023", "resume: conflicts with --like. An unfinished run already knows what it makes.")
-    run = prepare(
-        params, like=Path(like) if like else None, resume=Path(resume) if resume else None, dry_run=dry_run
-    )
+    run = prepare(params, like=Path(like) if like else None, resume=Path(resume) if resume else None, dry_run=dry_run)
     if dry_run:
         print(run.plan.to_json(indent=2))
         return

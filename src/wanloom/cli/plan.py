@@ -23,7 +23,6 @@ from wanloom.plan import Plan, make_plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS, Variant, variant_for
 
-
 RESOURCES = {"disk": "disk", "host": "memory", "gpu": "GPU"}
 
 

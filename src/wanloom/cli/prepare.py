@@ -23,8 +23,7 @@ from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, w
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
 from wanloom.request import Request, request_from_text
-from wanloom.variants import Variant, variant_for
-
+from wanloom.variants import VARIANTS, Variant, variant_for
 
 PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip")
 ROLES = ("image", "last_image")
@@ -76,12 +75,10 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     return Prepared(request, variant, files, plan, outputs, need, have, demo_name, resume)
 
 
-# --- the request -------------------------------------------------------------------------------------------------------
+# --- the request ----------------------------------------------------------------------------------------------------
 
 
-def _request(
-    typed: Mapping[str, str | bool], like: Path | None, resume: Path | None
-) -> tuple[Request, Plan | None]:
+def _request(typed: Mapping[str, str | bool], like: Path | None, resume: Path | None) -> tuple[Request, Plan | None]:
     """What was typed, on top of a finished video's Plan (--like) or an unfinished run's request (--resume)."""
     if resume is not None:
         from wanloom.jobs import stored_request
@@ -93,12 +90,14 @@ def _request(
     request = request_from_text(typed)
     asked = {name: getattr(request, name) for name in typed}
     again = replace(request_like(plan), **asked)
-    found = {role: _find_input(item, role, getattr(again, role), like) for role in ROLES if (item := plan.input(role))}
+    found: dict[str, Any] = {
+        role: _find_input(item, role, getattr(again, role), like) for role in ROLES if (item := plan.input(role))
+    }
     return replace(again, **found), plan
 
 
 def plan_inside(video: Path) -> Plan:
-    """The Plan that a finished video carries. Errors: E3001 to E3009 for the file, E3022 when there is no Plan in it."""
+    """The Plan that a finished video carries. Errors: E3001 to E3009 for the file, E3022 when it carries none."""
     from wanloom.media import read_comment
 
     text = read_comment(video)
@@ -118,13 +117,17 @@ def _find_input(item: Input, role: str, given: Any, video: Path) -> Path:
         if read_picture(place, role).sha256 == item.sha256:
             return place
     if there or given is not None:
-        raise InputError("E3023", f"{role}: {there[0] if there else given} is not the {item.name} the video was made from.")
+        raise InputError(
+            "E3023", f"{role}: {there[0] if there else given} is not the {item.name} the video was made from."
+        )
     raise InputError("E3024", f"{role}: {item.name} is needed again and is not here. Give it with {option} FILE.")
 
 
 def _check_replay(plan: Plan, replayed: Plan, typed: Mapping[str, str | bool]) -> None:
     """Say what differs from the video that is replayed, beyond what the person asked to differ."""
-    named = set(typed) | ({"shift", "sigmas", "timesteps", "spans", "steps"} if {"steps", "shift"} & set(typed) else set())
+    named = set(typed) | (
+        {"shift", "sigmas", "timesteps", "spans", "steps"} if {"steps", "shift"} & set(typed) else set()
+    )
     odd = [name for name in differences(plan, replayed) if name not in named and name not in ("segments", "variant")]
     if odd and not named & {"task", "size", "frames", "seed", "sampler", "guidance", "image"}:
         warnings.warn(WanloomWarning(f"W2033: like: this model plans other {', '.join(odd)}."), stacklevel=3)
@@ -135,11 +138,13 @@ def _seed(request: Request) -> int:
     return secrets.randbelow(2**32) if request.seed in (None, -1) else int(request.seed or 0)
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------------
 
 
 def choose_model(request: Request) -> tuple[Variant, str | None]:
     """The model of the task, and the demo model's name when no checkpoint was given. Errors: E2001, E2002."""
+    if request.task is None and request.ckpt_dir is not None and request.ckpt_dir.is_dir():
+        return _model_in(request.ckpt_dir), None
     task = request.task or DEFAULT_TASK
     if any(getattr(request, name) is not None for name in PARTS):
         return variant_for(task), None
@@ -147,6 +152,18 @@ def choose_model(request: Request) -> tuple[Variant, str | None]:
     if row.name not in demo.available():
         raise InputError("E2001", f"--ckpt-dir is required: this installation has no weights of {row.name}.")
     return row, row.name
+
+
+def _model_in(folder: Path) -> Variant:
+    """The released model that a directory holds. Error: E2002 when it can be several; those of a damaged checkpoint."""
+    from wanloom.checkpoint.inspect import inspect
+
+    if folder.parent.resolve() == demo.MODELS and folder.name in VARIANTS:
+        return VARIANTS[folder.name]
+    names = list(dict.fromkeys(candidate.variant for candidate in inspect(folder).candidates))
+    if len(names) > 1 and DEFAULT_TASK not in names:
+        raise InputError("E2002", f"task: {folder} can be {' or '.join(names)}. Say which with --task.")
+    return VARIANTS[DEFAULT_TASK if len(names) != 1 else names[0]]
 
 
 def _with_demo_path(request: Request, demo_name: str | None) -> Request:
@@ -165,7 +182,7 @@ def _warn_of_unknown_words(prompt: str) -> None:
         warnings.warn(WanloomWarning(f"W2034: prompt: {text}"), stacklevel=3)
 
 
-# --- the pictures ------------------------------------------------------------------------------------------------------
+# --- the pictures ---------------------------------------------------------------------------------------------------
 
 
 def read_pictures(request: Request) -> tuple[Input, ...]:
@@ -181,7 +198,7 @@ def read_pictures(request: Request) -> tuple[Input, ...]:
     return tuple(inputs)
 
 
-# --- the output --------------------------------------------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------------------------------------
 
 
 def _refuse_odd_target(text: str | bool | None) -> None:

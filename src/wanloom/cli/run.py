@@ -6,7 +6,6 @@ This is where torch is imported; everything before it is done by then.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,8 @@ from wanloom.cli.prepare import Prepared
 from wanloom.cli.progress import View, open_view
 
 if TYPE_CHECKING:
-    from wanloom.pipeline import Event, Result
+    from wanloom.pipeline import Stream
+    from wanloom.results import Event, Result
 
 
 def make(run: Prepared) -> Result:
@@ -43,28 +43,39 @@ def make(run: Prepared) -> Result:
     return result
 
 
-def follow(stream: Iterable[Event], view: View) -> Result:
+def follow(stream: Stream, view: View) -> Result:
     """Show a pipeline's events to the end and return its result."""
-    events = iter(stream)
-    stage = ""
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        if event.message:
-            view.line(event.message)
-        if event.stage == "done":
-            continue
-        if event.stage != stage:
-            stage = event.stage
-            view.stage(stage, event.steps if event.steps > 1 else None, event.step)
-        elif event.steps > 1:
-            view.step(event.step, event.peak_gpu or event.peak_host)
-        if event.film is not None and view.shows_pictures:
-            film = event.film()
-            view.preview(film.width, film.height, film.frames[event.step % len(film.frames)])
+    stage, drawing = "", False
+    try:
+        while True:
+            try:
+                event = next(stream)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            drawing = True
+            stage = show(event, stage, view)
+            drawing = False
+    except KeyboardInterrupt as stop:
+        if drawing:
+            stream.throw(stop)  # the run saves what it has and says how to go on
+        raise  # it struck inside the run, a second time while that was saving
+
+
+def show(event: Event, stage: str, view: View) -> str:
+    """One event on the screen, after those of `stage`; the stage it belongs to."""
+    if event.message:
+        view.line(event.message)
+    if event.stage == "done":
+        return stage
+    if event.stage != stage:
+        view.stage(event.stage, event.steps if event.steps > 1 else None, event.step)
+    elif event.steps > 1:
+        view.step(event.step, event.peak_gpu or event.peak_host)
+    if event.film is not None and view.shows_pictures:
+        film = event.film()
+        view.preview(film.width, film.height, film.frames[event.step % len(film.frames)])
+    return event.stage
 
 
 def opening(run: Prepared) -> list[str]:

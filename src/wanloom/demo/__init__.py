@@ -62,7 +62,7 @@ def draw_first_frame(prompt: str, path: Path, size: int) -> None:
 
     wanted = world.parse(prompt)
     rng = np.random.default_rng(0)
-    asks = [(thing.shape, thing.colour or "red", thing.motion or "still") for thing in wanted.things]
+    asks = [(it.shape or "circle", it.colour or "red", it.motion or "still") for it in wanted.things]
     clip = world.compose(rng, wanted.background or "white", asks or [("circle", "red", "still")])
     if clip is None:
         clip = world.sample_clip(rng)

@@ -120,9 +120,25 @@ def causal_conv(inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3,
 
 
 def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """[B, T, H, W, Cin] -> [B, T', H', W', Cout]."""
+    """[B, T, H, W, Cin] -> [B, T', H', W', Cout], without padding of time."""
+    if x.dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[4] <= SMALL:
+        return conv3d_by_frames(x, conv)
     y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, conv.padding)
     return y.permute(0, 2, 3, 4, 1).contiguous()
+
+
+# PyTorch's own bound (aten/src/ATen/native/Convolution.cpp, use_mkldnn): one float32 clip with T * H * C up to here
+# goes to a plain loop instead of oneDNN, up to ten times slower.  As a batch of frames it does not.
+SMALL = 20480
+
+
+def conv3d_by_frames(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """`conv3d` as a 2D convolution of frames that carry the frames of their window in their channels."""
+    taps, step = conv.kernel_size[0], conv.stride[0]
+    end = x.shape[1] - taps + 1
+    window = torch.cat([x[:, k : k + end : step] for k in range(taps)], dim=-1)
+    weight = conv.weight.transpose(1, 2).flatten(1, 2)
+    return conv2d(window, weight, conv.bias, padding=conv.kernel_size[1] // 2)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int) -> Tensor:
@@ -467,7 +483,7 @@ class CausalVae(nn.Module):
         Any number of latents: the first of a stream makes one frame, every other `stride[0]`.
         """
         tape = Tape(state)
-        return self._pixels(self.denormalise(z), tape).clamp_(-1, 1), tape.state()
+        return self._frames(z, tape), tape.state()
 
     def encode_chunks(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """Encode a stream of pieces [B, 3, F, H, W] (first 1 + k * stride frames, then k * stride); yields latents."""
@@ -484,7 +500,7 @@ class CausalVae(nn.Module):
         for start in range(0, z.shape[2], latents_per_chunk):
             end = start + latents_per_chunk
             tape = Tape(state, keep=end < z.shape[2])
-            yield self._pixels(self.denormalise(z[:, :, start:end]), tape).clamp_(-1, 1)
+            yield self._frames(z[:, :, start:end], tape)
             state = tape.state()
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -493,6 +509,7 @@ class CausalVae(nn.Module):
 
     def render(self, mu: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] of un-normalised latents of a whole clip, not clamped (for training)."""
+        self._check_latents(mu)
         return self._pixels(mu, Tape(keep=False))
 
     def normalise(self, mu: Tensor) -> Tensor:
@@ -518,12 +535,18 @@ class CausalVae(nn.Module):
         mu, logvar = y.to(wide(y.dtype)).contiguous().chunk(2, dim=1)
         return mu, logvar
 
+    def _frames(self, z: Tensor, tape: Tape) -> Tensor:
+        self._check_latents(z)
+        return self._pixels(self.denormalise(z), tape).clamp(-1, 1)
+
     def _pixels(self, mu: Tensor, tape: Tape) -> Tensor:
-        if mu.dim() != 5 or mu.shape[1] != self.config.z or mu.shape[2] < 1:
-            raise ValueError(f"latents {tuple(mu.shape)}: this VAE reads [B, {self.config.z}, T >= 1, h, w]")
         x = mu.to(self.conv2.weight.dtype).movedim(1, -1)
         x = self.decoder(pointwise(x, self.conv2), tape)
         return unfold(x.to(wide(x.dtype)), self.config.patch)
+
+    def _check_latents(self, z: Tensor) -> None:
+        if z.dim() != 5 or z.shape[1] != self.config.z or z.shape[2] < 1:
+            raise ValueError(f"latents {tuple(z.shape)}: this VAE reads [B, {self.config.z}, T >= 1, h, w]")
 
     def _check_video(self, video: Tensor, *, first: bool) -> None:
         time, height, width = self.config.stride
