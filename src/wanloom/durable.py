@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -123,15 +124,31 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sweep(directory: str | Path) -> list[Path]:
-    """Remove the temporary files in `directory` whose process is gone; the removed paths."""
+    """Remove the temporary files (and discarded folders) in `directory` whose process is gone; the removed paths."""
     removed = []
     for path in sorted(Path(directory).iterdir()):
         match = _TEMP.match(path.name)
         if match and _abandoned(int(match["pid"]), match["nonce"], path):
             with suppress(FileNotFoundError):
-                path.unlink()
+                _remove(path)
                 removed.append(path)
     return removed
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder with all that is in it: under its name it is there whole, or not at all."""
+    doomed = folder.with_name(_temporary_name(folder))
+    folder.rename(doomed)
+    sync_directory(folder.parent)
+    failpoint("discard")
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # another process may be sweeping it too
+    else:
+        path.unlink()
 
 
 def _temporary_name(path: Path) -> str:

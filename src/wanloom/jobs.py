@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import threading
@@ -31,7 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from wanloom.durable import failpoint, sha256_file, sweep, sync_directory, write_atomic
+from wanloom.durable import discard, failpoint, sha256_file, sweep, sync_directory, write_atomic
 from wanloom.errors import InputError, Interrupted, NumericalError, WanloomWarning
 from wanloom.plan import Plan, differences
 from wanloom.request import OPTIONS, Request
@@ -44,6 +45,7 @@ NUMERICS = 1
 
 FORMAT = 1  # of plan.json
 KEEP = 2  # states on disk
+OURS = r"(plan|published)\.json|lock|(conditioning|latents|state-\d+)\.safetensors|\..*\.part(\.\w+)?"  # file names
 EVERY_SECONDS = 60.0
 EVERY_SHARE = 0.05  # of the steps
 
@@ -211,7 +213,7 @@ class Job:
 
     def any_progress(self) -> bool:
         """Whether steps of an unfinished run are on disk here."""
-        return bool(self._states()) or self._has("latents")
+        return (self.folder / "plan.json").is_file() and (bool(self._states()) or self._has("latents"))
 
     def _has(self, name: str) -> bool:
         return (self.folder / f"{name}.safetensors").is_file()
@@ -306,15 +308,14 @@ class Job:
         self._saved_at, self._saved_step = time.monotonic(), 0
 
     def finish(self) -> None:
-        """Remove the folder.  plan.json goes first of the small ones: without it a rest of the folder is no job."""
+        """Remove the folder, all at once; a stranger's file in it is left where it is."""
         failpoint("finish")
+        strangers = [path for path in self.folder.iterdir() if not re.fullmatch(OURS, path.name)]
+        if not strangers:
+            discard(self.folder)
+            return
+        (self.folder / "plan.json").unlink(missing_ok=True)
         self.forget()
-        sweep(self.folder)
-        for name in ("plan.json", "lock"):
-            (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # a stranger's file in it: leave it
-            self.folder.rmdir()
-            sync_directory(self.folder.parent)
 
 
 class Memory:

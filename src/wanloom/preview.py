@@ -18,6 +18,7 @@ from wanloom.media import save_video
 from wanloom.models.vae import CausalVae
 
 SIDE = 2  # latents a side of a probe: small, and every pixel still has neighbours
+SEEN = 160  # pixels of the longer side of a saved film, at least
 PER_CHANNEL = 8  # probes for each unknown of the least squares
 
 
@@ -30,8 +31,10 @@ class Film:
     frames: tuple[bytes, ...]
 
     def save(self, path: Path, fps: int) -> None:
-        """Write the film as an animation (.gif), in place of an older one."""
+        """Write the film as an animation (.gif), in place of an older one, enlarged until it can be seen."""
         pixels = np.stack([np.frombuffer(f, np.uint8).reshape(self.height, self.width, 3) for f in self.frames])
+        zoom = -(-SEEN // max(self.width, self.height))
+        pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
         save_video(path, pixels, fps=fps, overwrite=True)
 
 

@@ -35,9 +35,9 @@ def test_lines_say_first_and_last_and_one_every_few_seconds(capsys, clock):
     view.close()
     assert capsys.readouterr().out.splitlines() == [
         "denoise 1/20  1 s a step, 19 s left, peak 400 MB",
-        "denoise 5/20  1 s a step, 15 s left, peak 400 MB",
-        "denoise 10/20  1 s a step, 10 s left, peak 400 MB",
-        "denoise 15/20  1 s a step, 5.0 s left, peak 400 MB",
+        "denoise 6/20  1 s a step, 14 s left, peak 400 MB",
+        "denoise 11/20  1 s a step, 9.0 s left, peak 400 MB",
+        "denoise 16/20  1 s a step, 4.0 s left, peak 400 MB",
         "denoise 20/20  1 s a step, 0.0 s left, peak 400 MB",
         "denoise done in 20 s",
     ]

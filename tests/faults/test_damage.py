@@ -22,8 +22,10 @@ def test_a_changed_header_is_refused_or_gives_the_same_tensors(count: int) -> No
     assert sum(n for code, n in outcome.items() if code.startswith("E4")) > 0.7 * count
 
 
-@pytest.mark.parametrize("count", [SAMPLE, FULL])
-@pytest.mark.parametrize("how", ["truncate", "mutate"])
-def test_with_recorded_hashes_no_change_is_accepted(count: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [("mutate", SAMPLE), *(pytest.param(how, 500, marks=pytest.mark.faults) for how in ("truncate", "mutate"))],
+)
+def test_with_recorded_hashes_no_change_is_accepted(how: str, count: int) -> None:
     outcome = damage_run(count, how, manifest=True, seed=2)
     assert not {"accepted", "same"} & outcome.keys(), outcome

@@ -102,7 +102,7 @@ def given_sizes(weights: Weights) -> dict[str, Any]:
     Errors: E4021 when the two disagree, and those of `read_config`.
     """
     note, file = weights.metadata.get(CONFIG), weights.config_file
-    out = read_config(weights.path, parse_json(note.encode(), weights.path), weights.kind) if note is not None else {}
+    out = read_config(weights.where, parse_json(note.encode(), weights.where), weights.kind) if note is not None else {}
     if file is None:
         return out
     beside = read_config(file, read_json(file, limit=2**20), weights.kind)
@@ -151,13 +151,13 @@ def config_of(weights: Weights) -> Config:
     foreign = FOREIGN_MODELS if weights.kind == "dit" else {}
     for sign, what in foreign.items():
         if any(sign in name for name in weights.tensors):
-            raise InputError("E4016", f"{weights.path}: this is {what}, which this version does not run.")
+            raise InputError("E4016", f"{weights.where}: this is {what}, which this version does not run.")
     given = given_sizes(weights)
-    config = _build(weights.kind, weights.path, weights.shapes, given)
-    check_sizes(weights.path, {field.name: getattr(config, field.name) for field in fields(config)})
+    config = _build(weights.kind, weights.where, weights.shapes, given)
+    check_sizes(weights.where, {field.name: getattr(config, field.name) for field in fields(config)})
     _agree(weights, given, config)
     expected = READERS[weights.kind][1](config)
-    _account(weights.path, KINDS[weights.kind], weights.shapes, expected)
+    _account(weights.where, KINDS[weights.kind], weights.shapes, expected)
     for name, source in weights.tensors.items():
         if source.shape != expected[name]:
             entry = source.entries[0]
@@ -207,7 +207,7 @@ def _agree(weights: Weights, given: Mapping[str, Any], config: Config) -> None:
     """config.json may fill in, not contradict."""
     for name, value in given.items():
         if name not in FREE[weights.kind] and getattr(config, name) != value:
-            file = weights.config_file or weights.path
+            file = weights.config_file or weights.where
             found = _plain(getattr(config, name))
             raise InputError("E4021", f"{file}: {name} is {_plain(value)}, the tensors have {found}.")
 

@@ -153,9 +153,10 @@ def _explain_other(variant: Variant, root: Path) -> None:
     if not experts:
         return
     path = next(iter(experts.values()))
-    config = config_of(open_weights(path, kind="dit"))
+    weights = open_weights(path, kind="dit")
+    config = config_of(weights)
     assert isinstance(config, DiTConfig)
-    check_dit(path, config, variant)
+    check_dit(weights.where, config, variant)
     names = " or ".join(candidates(config, experts=len(experts))) or "another model"
     if not set(experts) & set(variant.expert_names):
         counts = {1: "one transformer", 2: "two experts"}

@@ -62,15 +62,15 @@ def survey(variant: Variant, files: Files) -> Variant:
     """
     dit = survey_experts(variant, files.experts)
     vae_weights, vae = survey_vae(files.vae)
-    check_vae(files.vae, vae, variant)
+    check_vae(vae_weights.where, vae, variant)
     text_weights, text = survey_text(files.text)
-    check_text(files.text, text, dit)
+    check_text(text_weights.where, text, dit)
     check_tokenizer(files.tokenizer, files.text, text)
     checked = [vae_weights, text_weights]
     clip = variant.clip
     if files.clip is not None:
         clip_weights, clip = survey_clip(files.clip)
-        check_clip(files.clip, clip, dit)
+        check_clip(clip_weights.where, clip, dit)
         checked.append(clip_weights)
     for weights in checked:
         manifest.check_sizes(header.path for header in weights.headers)
@@ -115,7 +115,7 @@ def survey_experts(variant: Variant, experts: Mapping[str, Path]) -> DiTConfig:
     recorded: dict[str, str | None] = {}
     for name, path in experts.items():
         weights, configs[name] = survey_dit(path)
-        check_dit(path, configs[name], variant)
+        check_dit(weights.where, configs[name], variant)
         manifest.check_sizes(header.path for header in weights.headers)
         recorded[name] = weights.metadata.get(EXPERT)
     first, *others = configs.values()
@@ -224,7 +224,7 @@ def _match(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> dict[str,
     """Official name -> (the module's names, operation), every tensor on both sides used once."""
     found = format_of(wanted)
     if found is None or found[0].kind != weights.kind:
-        raise InputError("E4016", f"{weights.path}: a {weights.kind} checkpoint for a module that is none.")
+        raise InputError("E4016", f"{weights.where}: a {weights.kind} checkpoint for a module that is none.")
     target = found[0]
     plan: dict[str, tuple[tuple[str, ...], str]] = {}
     left = dict(wanted)
@@ -233,15 +233,15 @@ def _match(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> dict[str,
         if names is None or any(name not in left for name in names[0]):
             if official in OPTIONAL:
                 continue
-            raise InputError("E4013", f"{weights.path}: tensor {official} has no place in the model.")
+            raise InputError("E4013", f"{weights.where}: tensor {official} has no place in the model.")
         for name, shape in zip(names[0], OPERATIONS[names[1]].out_shapes(source.shape), strict=True):
             if left.pop(name) != shape:
                 raise InputError(
-                    "E4007", f"{weights.path}: tensor {official}: shape {list(source.shape)} does not fit the model."
+                    "E4007", f"{weights.where}: tensor {official}: shape {list(source.shape)} does not fit the model."
                 )
         plan[official] = names
     if left:
-        raise InputError("E4013", f"{weights.path}: {len(left)} tensors of the model are missing: {few(left)}.")
+        raise InputError("E4013", f"{weights.where}: {len(left)} tensors of the model are missing: {few(left)}.")
     return plan
 
 

@@ -68,6 +68,11 @@ class Weights:
         return self.format.kind
 
     @property
+    def where(self) -> Path:
+        """What an error names: the file, or the directory of several shards."""
+        return self.headers[0].path if len(self.headers) == 1 else self.path
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: source.shape for name, source in self.tensors.items()}
 
@@ -119,17 +124,18 @@ def open_weights(path: Path, *, kind: str | None = None, pickles: bool = False) 
     files, where = list_files(path, kind=kind, pickles=pickles)
     headers = tuple(read_any(file) for file in files)
     _one_revision(headers)
-    entries = _merge(headers, where, path)
+    place = files[0] if len(files) == 1 else path  # what an error names
+    entries = _merge(headers, where, place)
     found = format_of(entries)
     if found is None:
-        raise InputError("E4016", f"{path}: not a Wan model ({_sample(entries)}).")
+        raise InputError("E4016", f"{place}: not a Wan model ({_sample(entries)}).")
     format_, prefix = found
     if kind is not None and format_.kind != kind:
         code = {"vae": "E4017", "text": "E4020"}.get(kind, "E4016")
-        raise InputError(code, f"{path}: this is a {KINDS[format_.kind]}, expected a {KINDS[kind]}.")
+        raise InputError(code, f"{place}: this is a {KINDS[format_.kind]}, expected a {KINDS[kind]}.")
     if prefix:
         entries = {name.removeprefix(prefix): entry for name, entry in entries.items() if _ours(name, prefix, format_)}
-    tensors, ignored = _translate(path, format_, entries)
+    tensors, ignored = _translate(place, format_, entries)
     return Weights(path=path, format=format_, headers=headers, tensors=tensors, ignored=ignored)
 
 
@@ -281,7 +287,8 @@ def _merge(headers: Sequence[Header], where: Mapping[str, str] | None, path: Pat
             entries[name] = entry
     missing = [name for name in where or () if name not in entries]
     if missing:
-        raise InputError("E4013", f"{path}: {len(missing)} tensors of the index are in no shard: {few(missing)}.")
+        place = headers[0].path.parent / where[missing[0]] if where else path
+        raise InputError("E4013", f"{place}: {len(missing)} tensors of the index are not there: {few(missing)}.")
     return entries
 
 

@@ -22,7 +22,7 @@ from wanloom.cli.options import DEFAULT_TASK, typed_values
 from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, what_is_free
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
-from wanloom.request import Request, request_from_text
+from wanloom.request import OPTIONS, Request, request_from_text
 from wanloom.variants import VARIANTS, Variant, variant_for
 
 PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip")
@@ -86,13 +86,14 @@ def _request(typed: Mapping[str, str | bool], like: Path | None, resume: Path | 
         return request_from_text({**stored_request(resume), **typed}), None
     if like is None:
         return request_from_text(typed), None
-    plan = plan_inside(like)
-    request = request_from_text(typed)
-    asked = {name: getattr(request, name) for name in typed}
+    plan, request = plan_inside(like), request_from_text(typed)
+    asked: dict[str, Any] = {name: getattr(request, name) for name in typed}
+    if "sigmas" in asked:
+        asked = {"steps": None, "shift": None, **asked}
+    elif {"steps", "shift"} & set(asked):
+        asked = {"sigmas": None, **asked}
     again = replace(request_like(plan), **asked)
-    found: dict[str, Any] = {
-        role: _find_input(item, role, getattr(again, role), like) for role in ROLES if (item := plan.input(role))
-    }
+    found: dict[str, Any] = {item.role: _find_input(item, getattr(again, item.role), like) for item in plan.inputs}
     return replace(again, **found), plan
 
 
@@ -106,11 +107,11 @@ def plan_inside(video: Path) -> Plan:
     return Plan.from_json(text)
 
 
-def _find_input(item: Input, role: str, given: Any, video: Path) -> Path:
+def _find_input(item: Input, given: Any, video: Path) -> Path:
     """The picture that a Plan was made from: the one given, or one of that name beside the video or here."""
     from wanloom.media import read_picture
 
-    option = "--" + role.replace("_", "-")
+    role, option = item.role, "--" + item.role.replace("_", "-")
     places = [Path(given)] if given is not None else [video.parent / item.name, Path(item.name)]
     there = [place for place in places if place.is_file()]
     for place in there:
@@ -124,12 +125,10 @@ def _find_input(item: Input, role: str, given: Any, video: Path) -> Path:
 
 
 def _check_replay(plan: Plan, replayed: Plan, typed: Mapping[str, str | bool]) -> None:
-    """Say what differs from the video that is replayed, beyond what the person asked to differ."""
-    named = set(typed) | (
-        {"shift", "sigmas", "timesteps", "spans", "steps"} if {"steps", "shift"} & set(typed) else set()
-    )
-    odd = [name for name in differences(plan, replayed) if name not in named and name not in ("segments", "variant")]
-    if odd and not named & {"task", "size", "frames", "seed", "sampler", "guidance", "image"}:
+    """Say it when the same request becomes another video here: another model, or other defaults."""
+    about_the_video = {option.name for option in OPTIONS if option.group == "video" and option.name not in ROLES}
+    odd = differences(plan, replayed)
+    if odd and not about_the_video & set(typed):
         warnings.warn(WanloomWarning(f"W2033: like: this model plans other {', '.join(odd)}."), stacklevel=3)
 
 

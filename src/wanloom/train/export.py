@@ -7,13 +7,13 @@ data, recipe, seconds of training, the judge's table.  A model that misses a flo
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from wanloom.checkpoint.convert import save_official
-from wanloom.models.config import TextConfig
 from wanloom.models.vae import CausalVae
 from wanloom.train.recipe import Recipe
 from wanloom.variants import Variant
@@ -25,14 +25,13 @@ def averages_of(folder: Path, phase: str, module: str) -> dict[str, torch.Tensor
     return {n.removeprefix(f"{module}."): v for n, v in values.items() if n.startswith(f"{module}.")}
 
 
-def write_checkpoint(recipe: Recipe, folder: Path, variant: Variant, text: TextConfig, vae: CausalVae) -> None:
+def write_checkpoint(
+    recipe: Recipe, folder: Path, variant: Variant, text: Mapping[str, torch.Tensor], vae: CausalVae
+) -> None:
     """`folder`/checkpoint: a DiT per expert (its own phase, else the last one), text encoder, VAE, tokenizer; bf16."""
     phases = [phase.name for phase in recipe.phases]
-    last_with = {
-        module: next(n for n in reversed(phases) if averages_of(folder, n, module)) for module in ("dit", "text")
-    }
     dits = {
-        name: (averages_of(folder, name if name in phases else last_with["dit"], "dit"), variant.dit)
+        name: (averages_of(folder, name if name in phases else phases[-1], "dit"), variant.dit)
         for name, _ in variant.experts
     }
     save_official(
@@ -40,7 +39,7 @@ def write_checkpoint(recipe: Recipe, folder: Path, variant: Variant, text: TextC
         dits=dits,
         vae=vae.state_dict(),
         vae_config=vae.config,
-        text=averages_of(folder, last_with["text"], "text"),
+        text=text,
         tokenizer_dir=folder / "checkpoint" / "google" / "umt5-xxl",
         dtype=torch.bfloat16,
     )

@@ -248,7 +248,7 @@ class FlowTask:
         if self.ranks.first:
             from wanloom.train.export import write_checkpoint
 
-            write_checkpoint(self.recipe, self.folder, self.variant, self.text_config, self.vae)
+            write_checkpoint(self.recipe, self.folder, self.variant, self.text.state_dict(), self.vae)
 
 
 def find_text(folder: Path) -> Path:

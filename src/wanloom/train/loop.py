@@ -104,6 +104,8 @@ def _run_phase(task: Task, phase: Phase, recipe: Recipe, ranks: Ranks, folder: P
     if log is not None:
         log(phase=phase.name, event="resume" if step else "start", step=step, parameters=learner.flat.numel())
     _run_steps(task, phase, recipe, ranks, learner, home, log, step, before)
+    if log is not None:
+        log.file.close()
     if ranks.first:
         averages = {n.removeprefix("average/"): v for n, v in learner.state().items() if n.startswith("average/")}
         with atomic_path(done) as part:

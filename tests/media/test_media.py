@@ -23,6 +23,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from wanloom import media
 from wanloom.errors import InputError
+from wanloom.media import pictures
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -133,7 +134,7 @@ def test_a_png_without_its_last_chunk_is_refused() -> None:
 
 def huge_png(width: int, height: int) -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return media.PNG + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return pictures.PNG + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
 def huge_webp(width: int, height: int) -> bytes:
@@ -189,7 +190,7 @@ def test_metadata_bombs_are_refused() -> None:
 def test_a_huge_file_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     with path.open("wb") as file:
-        file.truncate(media.MAX_FILE + 1)
+        file.truncate(pictures.MAX_FILE + 1)
     started = time.monotonic()
     assert code_of(lambda: media.read_image(path)) == "E3006"
     assert time.monotonic() - started < 0.5
