@@ -44,5 +44,5 @@ def start(
 def run_process(folder: Path, *words: object, program: tuple[str, ...] = ("-m", "wanloom"), **environment: str) -> Ran:
     """The command line as a process in `folder`, run to its end."""
     with start(folder, *words, program=program, **environment) as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     return Ran(process.returncode, out, err)

@@ -81,12 +81,13 @@ def commands(text: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def demo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the demo models: the package's own, or stand-ins."""
-    if set(STAND_IN) <= set(demo.available()):
-        return demo.MODELS
+    """A folder with the demo models: the package's own where they are there, stand-ins for the others."""
     folder = tmp_path_factory.mktemp("models")
     for name, published in STAND_IN.items():
-        tiny.checkpoint(folder, published, pickles=False).rename(folder / name)
+        if name in demo.available():
+            (folder / name).symlink_to(demo.path_of(name))
+        else:
+            tiny.checkpoint(folder, published, pickles=False).rename(folder / name)
     return folder
 
 
@@ -360,3 +361,22 @@ def test_the_vocabulary_in_the_training_page_is_the_worlds() -> None:
         assert line and re.findall(r"`(\w+)`", line[1]) == list(words), name
     every = re.search(r"^All words: (.*?)\.$", text, re.MULTILINE | re.DOTALL)
     assert every and every[1].split() == [word for word in world.VOCABULARY if word.isalpha()]
+
+
+def test_the_demo_models_and_recipes_in_the_training_page_are_those_there_are() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(demo-\w+)` \| .* \| (\d+)x(\d+), (\d+) frames \|$", text, re.MULTILINE)
+    demos = [row for row in VARIANTS.values() if row.demo]
+    assert rows == [(row.name, *map(str, row.defaults.size), str(row.defaults.frames)) for row in demos]
+    named = set(re.findall(r"^wanloom train recipes/(.*)\.toml$", text, re.MULTILINE))
+    assert named == {path.stem for path in (ROOT / "recipes").glob("*.toml")}
+
+
+def test_the_floors_in_the_training_page_are_those_of_the_card() -> None:
+    from wanloom.train.card import FLOORS_ALL, FLOORS_IMAGE, FLOORS_TEXT
+
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    assert {name: (float(least), float(aim)) for name, least, aim in rows} == {
+        **FLOORS_ALL, **FLOORS_TEXT, **FLOORS_IMAGE
+    }  # fmt: skip

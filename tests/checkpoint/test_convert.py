@@ -239,7 +239,7 @@ def test_places_that_would_be_overwritten_are_refused(models: Path, tmp_path: Pa
     refused("E5001", source, tmp_path / "full" / "x")
     refused("E4001", tmp_path / "none", tmp_path / "out")
     assert "diffusers" in refused("E2022", source, tmp_path / "out", to="difusers")
-    assert "bf16" in refused("E2006", source, tmp_path / "out", dtype="int3")
+    assert "bf16" in refused("E2028", source, tmp_path / "out", dtype="int3")
 
 
 def test_a_trained_model_is_written_and_read_back(tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def test_a_directory_of_another_model_is_named(models: Path) -> None:
     assert "this is t2v-A14B" in message and "expected ti2v-5B" in message
     message = refused("E4016", lambda: resolve(SMALL, ckpt_dir=models / "t2v-A14B"))
     assert "two experts" in message and "one transformer" in message
-    assert "high_noise_model" in refused("E4001", lambda: resolve(T2V, ckpt_dir=models / "t2v-1.3B"))
+    message = refused("E4016", lambda: resolve(T2V, ckpt_dir=models / "t2v-1.3B"))
+    assert "t2v-1.3B" in message and "(one transformer), expected t2v-A14B (two experts)" in message
 
 
 def test_diffusers_directories_of_another_model_are_named(models: Path, tmp_path: Path) -> None:

@@ -95,3 +95,20 @@ def test_a_folder_that_is_no_environment_is_not_touched(install, tmp_path):
     with pytest.raises(SystemExit, match="no virtual environment"):
         install.environment(tmp_path)
     assert (tmp_path / "work.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("version", "sees_system"), [("2.12.0", True), ("2.9.0", False), (None, False)])
+def test_the_environment_sees_the_system_only_for_a_torch_that_fits(
+    install, tmp_path, monkeypatch, version, sees_system
+):
+    made = []
+
+    def make(words: list[str], check: bool) -> None:
+        made.append(words[1:])
+        Path(words[-1]).mkdir()
+
+    monkeypatch.setattr(install.subprocess, "run", make)
+    monkeypatch.setattr(install, "installed_torch", lambda python: version)
+    folder = tmp_path / "venv"
+    assert install.environment(folder) == folder / "bin" / "python"
+    assert ("--system-site-packages" in made[-1]) is sees_system

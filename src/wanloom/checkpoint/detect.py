@@ -108,7 +108,7 @@ def given_sizes(weights: Weights) -> dict[str, Any]:
     beside = read_config(file, read_json(file, limit=2**20), weights.kind)
     for name, value in beside.items():
         if out.get(name, value) != value:
-            raise InputError("E4021", f"{file}: {name} is {_plain(value)}, the weight files say {_plain(out[name])}.")
+            raise InputError("E4021", f"{file}: {name} is {_plain(value)}, {weights.where} says {_plain(out[name])}.")
     return out | beside
 
 
@@ -207,9 +207,9 @@ def _agree(weights: Weights, given: Mapping[str, Any], config: Config) -> None:
     """config.json may fill in, not contradict."""
     for name, value in given.items():
         if name not in FREE[weights.kind] and getattr(config, name) != value:
-            file = weights.config_file or weights.where
+            file = weights.config_file or "its own note"
             found = _plain(getattr(config, name))
-            raise InputError("E4021", f"{file}: {name} is {_plain(value)}, the tensors have {found}.")
+            raise InputError("E4021", f"{weights.where}: {name} is {found} by the tensors, {_plain(value)} by {file}.")
 
 
 def _plain(value: object) -> str:

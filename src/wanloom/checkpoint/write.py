@@ -49,11 +49,11 @@ class Item:
 
 
 def dtype_named(word: str) -> torch.dtype:
-    """torch's dtype of a word of `DTYPE_WORDS`.  Errors: E2006."""
+    """torch's dtype of a word of `DTYPE_WORDS`.  Errors: E2028."""
     import torch
 
     if word not in DTYPE_WORDS:
-        raise InputError("E2006", f"dtype: '{word}' is not known. There are: {', '.join(sorted(DTYPE_WORDS))}.")
+        raise InputError("E2028", f"dtype: '{word}' is not known. There are: {', '.join(sorted(DTYPE_WORDS))}.")
     found = getattr(torch, DTYPE_WORDS[word])
     assert isinstance(found, torch.dtype)
     return found

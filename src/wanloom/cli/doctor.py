@@ -111,7 +111,8 @@ def show(facts: dict[str, Any]) -> None:
     for problem in facts["problems"]:
         console.print(Text(problem, style="bold red"))
     if not facts["problems"]:
-        console.print(Text("All right. `wanloom demo` makes a video.", style="green"))
+        next_step = " `wanloom demo` makes a video." if facts["demo_models"] else ""
+        console.print(Text(f"All right.{next_step}", style="green"))
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -145,8 +145,8 @@ def verdict(outlook: Outlook) -> list[str]:
 
 def alternatives(outlook: Outlook) -> Iterator[str]:
     """Cheaper runs that fit this machine, the least changed first, as words for `wanloom plan`."""
-    same_kind = [row for row in VARIANTS.values() if row.task[:3] == outlook.variant.task[:3] and not row.demo]
-    by_size = sorted(same_kind, key=lambda row: sum(file.bytes for file in row.files), reverse=True)
+    alike = [row for row in VARIANTS.values() if not row.demo and _needed(row) == _needed(outlook.variant)]
+    by_size = sorted(alike, key=lambda row: sum(file.bytes for file in row.files), reverse=True)
     here = by_size.index(outlook.variant) if outlook.variant in by_size else 0
     for row in by_size[here:]:
         small = min(row.sizes, key=lambda size: size[0] * size[1])
@@ -158,6 +158,11 @@ def alternatives(outlook: Outlook) -> Iterator[str]:
                         yield f"{row.name} --size {size[0]}x{size[1]} --frames {frames} --dtype {dtype}"
     if (name := f"demo-{outlook.variant.task.partition('-')[0]}") in demo.available():
         yield name
+
+
+def _needed(row: Variant) -> list[str]:
+    """The pictures that a model cannot do without."""
+    return [name for name, needed in row.images if needed]
 
 
 def _resources(outlook: Outlook) -> Iterator[tuple[str, str, str, str]]:

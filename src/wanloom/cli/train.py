@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from wanloom.cli.console import say
 from wanloom.cli.options import Command
 from wanloom.errors import InputError
 
@@ -18,4 +19,4 @@ def command(recipe: str) -> None:
         raise InputError("E4001", f"recipe: '{recipe}' is not a file. Recipes of the demo models lie in recipes/.")
     from wanloom import train
 
-    train.run(Path(recipe))
+    say(f"The run is in {train.run(recipe)}.")
