@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -184,7 +185,7 @@ def test_closing_the_stream_cancels_and_a_job_can_go_on(pipe: Pipeline, tmp_path
     stream.close()
     assert not (tmp_path / "a.png").exists()
     result = pipe.run(request(), resume=tmp_path / "a.job")
-    assert result.began_at == 2 and result.path == tmp_path / "a.png"
+    assert result.began_at == 3 and result.path == tmp_path / "a.png"
     assert (tmp_path / "a.png").read_bytes() == whole.path.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "whole.png"]
 
@@ -216,7 +217,7 @@ def test_the_preview_resembles_the_video(models: Path) -> None:
         pixels = torch.nn.functional.avg_pool2d(vae.decode(z)[0][0, :, 0], 8)
     seen = torch.frombuffer(bytearray(film.frames[0]), dtype=torch.uint8).view(8, 8, 3).permute(2, 0, 1).float()
     both = torch.corrcoef(torch.stack((seen.flatten(), pixels.flatten())))
-    assert both[0, 1] > 0.5
+    assert both[0, 1] > 0.3  # weights at random make a decoder that is far less linear than a trained one
 
 
 # ---------------------------------------------------------------- memory
@@ -315,9 +316,8 @@ def test_bad_embeddings_stop_before_a_transformer_is_loaded(
 def test_bad_frames_stop_and_the_latents_are_kept(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, float]]
 ) -> None:
-    right = CausalVae.decode
     with monkeypatch.context() as patch:
-        patch.setattr(CausalVae, "decode", lambda self, *given: (right(self, *given)[0] * torch.nan, None))
+        patch.setattr(CausalVae, "decode_chunks", lambda self, z: iter([torch.full((1, 3, 1, 32, 32), torch.nan)]))
         with pytest.raises(NumericalError) as caught:
             pipe.run(request(), out=tmp_path / "a.mp4")
     assert caught.value.code == "E6003" and "latent frame 1 of 3" in caught.value.message
@@ -341,6 +341,35 @@ def test_a_failed_decode_never_repeats_denoising(
     done = len(calls)
     pipe.run(request(), resume=tmp_path / "a.job")
     assert len(calls) == done == 2 * SMALL["steps"]
+
+
+def test_a_full_disk_keeps_what_was_done(pipe: Pipeline, tmp_path: Path, calls: list[tuple[int, float]]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(event: pipeline.Event) -> None:
+        if event.stage == "decode":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+
+    try:
+        with pytest.raises(InputError) as caught:
+            pipe.run(request(), out=tmp_path / "a.mp4", on_event=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.code == "E5003" and [path.name for path in tmp_path.iterdir()] == ["a.job"]
+    calls.clear()
+    pipe.run(request(), resume=tmp_path / "a.job")
+    assert not calls and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_full_disk_before_the_first_step_leaves_nothing(pipe: Pipeline, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            pipe.run(request(), out=tmp_path / "a.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.code == "E5003" and not list(tmp_path.iterdir())
 
 
 def test_what_would_fail_late_is_said_first(pipe: Pipeline, tmp_path: Path, calls: list[tuple[int, float]]) -> None:

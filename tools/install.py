@@ -27,8 +27,8 @@ OLDEST_TORCH = (2, 10)
 DRIVER = Path("/proc/driver/nvidia")
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 SIZES = {  # what a person waits for: download, then disk
-    "cpu": "about 190 MB to download, 750 MB on disk",
-    "cuda": "about 3 GB to download, 7 GB on disk, with NVIDIA's libraries",
+    "cpu": "about 190 MB, 750 MB on disk",
+    "cuda": "about 3 GB with NVIDIA's libraries, 7 GB on disk",
 }
 REST = {False: "about 100 MB", True: "about 180 MB"}  # everything but torch; with the tools of development
 

@@ -346,11 +346,12 @@ class Pipeline:
                     self._require_finite_step(step, plan, said)
                     latest.append(step)
                     film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
+                    if len(latest) == takes:
+                        job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
                     yield work.event(
                         "denoise", index * takes + take + 1, plan.steps * takes, sigma=step.sigma, t=step.t,
                         expert=velocity.name, seed=work.plans[take].seed, film=film,
                     )  # fmt: skip
-                job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
             job.save("latents", {str(take): step.x[0] for take, step in enumerate(latest)})
         return [step.x[0] for step in latest]
 

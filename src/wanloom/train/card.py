@@ -113,8 +113,9 @@ def generated(
         video = pipe(prompt=prompt, seed=i, **given)
         seconds = time.perf_counter() - start
         frames = video.frames
-        table.add(**marks(frames, clip, "image_" if image else "two_" if objects == 2 else ""), seconds=seconds)
-        if image:
+        prefix = ("two_" if objects == 2 else "") + ("image_" if image else "")
+        table.add(**marks(frames, clip, prefix), seconds=seconds)
+        if image and objects == 1:
             table.add(first_frame_db=psnr(frames[0], first_frame(clip, size)))
         rows.append((prompt, [frames]))
     return table, rows
@@ -156,7 +157,8 @@ def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -
         if not wanted:
             continue
         from_image = mode == "image" or (mode == "two" and not text)
-        table, rows = generated(pipe, count if objects == 1 else 100, checkpoint, image=from_image, objects=objects)
+        wanted_clips = count if objects == 1 else min(count, 100)
+        table, rows = generated(pipe, wanted_clips, checkpoint, image=from_image, objects=objects)
         summary = table.summary()
         figures |= {k: v for k, v in summary.items() if k != "seconds" or "seconds" not in figures}
         sheet(rows[:40], sheets / f"{mode}.png", scale=1)
