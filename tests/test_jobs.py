@@ -132,6 +132,14 @@ def test_every_flipped_byte_of_a_state_is_noticed(tmp_path: Path) -> None:
         assert note == right_note and all(torch.equal(tensors[name], right[name]) for name in right)
 
 
+def test_tensors_that_share_memory_are_saved_apart(tmp_path: Path) -> None:
+    x = torch.arange(6.0).view(2, 3)
+    jobs.save_tensors(tmp_path / "a.safetensors", {"x": x, "same": x, "row": x[1], "turned": x.T}, {})
+    tensors, _ = jobs.load_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["x"], x) and torch.equal(tensors["same"], x)
+    assert torch.equal(tensors["row"], x[1]) and torch.equal(tensors["turned"], x.T)
+
+
 def test_states_are_saved_after_a_minute_and_five_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

@@ -439,7 +439,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, A
     """A safetensors file that can prove it is whole: its header holds `note` and a SHA-256 of everything."""
     from safetensors.torch import save
 
-    host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    host: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        known = {other.untyped_storage().data_ptr() for other in host.values()}
+        host[name] = (
+            value.clone() if value.untyped_storage().data_ptr() in known else value
+        )  # the format shares nothing
     text = json.dumps(dict(note), sort_keys=True)
     write_atomic(path, save(host, metadata={"note": text, "sha256": _digest(host, text)}))
 

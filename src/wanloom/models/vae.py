@@ -121,7 +121,8 @@ def causal_conv(inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3,
 
 def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
     """[B, T, H, W, Cin] -> [B, T', H', W', Cout], without padding of time."""
-    if x.dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[4] <= SMALL:
+    small = x.dtype == torch.float32 and x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[4] <= SMALL
+    if small and 8 * x.numel() >= conv.weight.numel():  # else rearranging the weights costs more than it saves
         return conv3d_by_frames(x, conv)
     y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, conv.padding)
     return y.permute(0, 2, 3, 4, 1).contiguous()
@@ -253,7 +254,8 @@ class Up(nn.Module):
             x = self._double_time(x, self.time_conv, tape)
         conv = cast(nn.Conv2d, self.resample["1"])
         assert conv.bias is not None
-        double = double_size if recording(x, conv.weight) else double_size_folded
+        few = x.shape[1] * x.shape[2] * x.shape[3] < 512  # positions; folding the kernel would cost more than it saves
+        double = double_size if few or recording(x, conv.weight) else double_size_folded
         return double(x, conv.weight, conv.bias)
 
     def _double_time(self, x: Tensor, conv: nn.Conv3d, tape: Tape) -> Tensor:
@@ -297,11 +299,13 @@ def double_size_folded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     c = weight.shape[0]
     out = x.new_empty(b, t, h, 2, w, 2, c)
     stacked, biases = kernels.flatten(0, 2), bias.repeat(4)
-    for i in range(t):  # a frame at a time: the four parts of a frame are as large as the frame
-        parts = conv2d(x[:, i : i + 1], stacked, biases, padding=1).view(b, 1, h + 1, w + 1, 2, 2, c)
+    group = max(1, 1024 // (h * w))  # large frames one at a time: the parts take as much memory as the result
+    for i in range(0, t, group):
+        y = conv2d(x[:, i : i + group], stacked, biases, padding=1)
+        parts = y.view(b, -1, h + 1, w + 1, 2, 2, c)
         for row in (0, 1):
             for column in (0, 1):
-                out[:, i, :, row, :, column] = parts[:, 0, row : row + h, column : column + w, row, column]
+                out[:, i : i + group, :, row, :, column] = parts[:, :, row : row + h, column : column + w, row, column]
     return out.view(b, t, 2 * h, 2 * w, c)
 
 
