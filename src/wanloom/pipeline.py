@@ -136,6 +136,7 @@ class Work:
 
 
 Stream = Generator[Event, None, Result]
+OutPaths = str | Path | Sequence[str | Path] | None
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -175,8 +176,8 @@ class Pipeline:
         self,
         request: Request,
         *,
-        out: Path | Sequence[Path] | None = None,
-        resume: Path | None = None,
+        out: OutPaths = None,
+        resume: str | Path | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> Result:
         """`stream` to its end, `on_event` called with each event."""
@@ -189,9 +190,7 @@ class Pipeline:
             if on_event is not None:
                 on_event(event)
 
-    def stream(
-        self, request: Request, *, out: Path | Sequence[Path] | None = None, resume: Path | None = None
-    ) -> Stream:
+    def stream(self, request: Request, *, out: OutPaths = None, resume: str | Path | None = None) -> Stream:
         """Make what `request` asks for, step by step; the generator's value is the Result.
 
         out: the file (or files, one a seed) to write; without it the videos are in the Result.  resume: an unfinished
@@ -201,9 +200,10 @@ class Pipeline:
         (exit 7) after Ctrl-C when there is a file to go on with.
         """
         order = self.prepare(request)
-        outputs = _outputs(out, resume, order)
-        self._preflight(order, outputs, resuming=resume is not None)
-        job, notice = self._open(order, outputs, resume)
+        folder = None if resume is None else Path(resume)
+        outputs = _outputs(out, folder, order)
+        self._preflight(order, outputs, resuming=folder is not None)
+        job, notice = self._open(order, outputs, folder)
         with job:
             work = Work(order, outputs, job, self.device)
             if notice:
@@ -538,12 +538,12 @@ def resolve_device(device: str | None) -> str:
     return device
 
 
-def _outputs(out: Path | Sequence[Path] | None, resume: Path | None, order: Order) -> tuple[Path, ...]:
+def _outputs(out: OutPaths, resume: Path | None, order: Order) -> tuple[Path, ...]:
     """The files of a run: those given, or those of the job that is continued."""
     given = () if out is None else (out,) if isinstance(out, str | Path) else tuple(out)
     paths = tuple(Path(path) for path in given)
     if resume is not None:
-        stored = tuple(Path(resume).absolute().parent / name for name in read_record(Path(resume)).outputs)
+        stored = tuple(resume.absolute().parent / name for name in read_record(resume).outputs)
         if len(paths) == 1 and paths[0].name != stored[0].name:
             raise InputError(
                 "E2020", f"resume: {resume} makes {stored[0].name}, not {paths[0].name}. Nothing was changed."
