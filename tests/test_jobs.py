@@ -293,6 +293,35 @@ def test_a_crash_keeps_the_last_step(tmp_path: Path) -> None:
     assert (tmp_path / "a.job" / "state-0007.safetensors").exists()
 
 
+def test_ctrl_c_while_the_latents_are_saved_does_not_lose_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, struck = jobs.save_tensors, []
+
+    def save(*given: Any) -> None:
+        if not struck:
+            struck.append(1)
+            raise KeyboardInterrupt
+        right(*given)
+
+    last = State(STEPS, ({"x": torch.ones(1, 2)},))
+    with start(tmp_path, save_every=10) as job:
+        job.reached(state(10))
+    monkeypatch.setattr(jobs, "save_tensors", save)
+    with pytest.raises(Interrupted, match="after denoising"), go_on(tmp_path)[0] as job:
+        job.reached(last)
+    with go_on(tmp_path)[0] as job:
+        latents = job.load("latents")
+    assert latents is not None and torch.equal(latents["0"], torch.ones(2))
+
+
+def test_ctrl_c_before_the_first_step_leaves_a_job_that_starts_over(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="before the first step"), start(tmp_path):
+        raise KeyboardInterrupt
+    with go_on(tmp_path)[0] as job:
+        assert job.load_state() is None
+        job.finish()
+    assert left(tmp_path) == []
+
+
 def test_an_error_before_the_first_step_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError), start(tmp_path) as job:
         job.save("conditioning", {"x": torch.ones(1)})

@@ -207,8 +207,10 @@ class Job:
             self.finish()
 
     def _farewell(self) -> str:
-        done = self._reached.done if self._reached else self._saved_step
-        where = "after denoising" if self._has("latents") else f"after step {done} of {self.record.plan.steps}"
+        done, steps = self._reached.done if self._reached else self._saved_step, self.record.plan.steps
+        where = f"after step {done} of {steps}" if done else "before the first step"
+        if self._has("latents"):
+            where = "after denoising"
         return f"stopped {where}; nothing is lost. Continue: {resume_command(self.folder)}"
 
     def any_progress(self) -> bool:
@@ -221,21 +223,29 @@ class Job:
     # --- tensors
 
     def reached(self, state: State) -> None:
-        """A step is done.  Its state is saved when a minute and 5 % of the steps have passed since the last saving."""
+        """A step is done.
+
+        Its state is saved when a minute and 5 % of the steps have passed since the last saving (or by `save_every`);
+        after the last step the latents are.
+        """
         self._reached = state
         new, steps = state.done - self._saved_step, self.record.plan.steps
         if self._save_every is not None:
             due = new >= self._save_every
         else:
             due = new >= EVERY_SHARE * steps and time.monotonic() - self._saved_at >= EVERY_SECONDS
-        if due and state.done < steps:  # after the last step the latents are saved instead
-            self.save_state(state)
+        if due or state.done == steps:
+            self._save_reached()
 
     def _save_reached(self) -> None:
         """Save the last step that was reached, when it is not on disk already."""
         state = self._reached
-        if state is not None and self._saved_step < state.done < self.record.plan.steps and not self._has("latents"):
+        if state is None or state.done <= self._saved_step or self._has("latents"):
+            return
+        if state.done < self.record.plan.steps:
             self.save_state(state)
+        else:
+            self.save("latents", {str(i): take["x"][0] for i, take in enumerate(state.takes)})
 
     def save_state(self, state: State) -> None:
         """Write the state after `state.done` steps, durably, and drop all but the last two."""
@@ -258,7 +268,7 @@ class Job:
         return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write `name`.safetensors ("conditioning", "latents"), durably."""
+        """Write `name`.safetensors ("conditioning"; "latents" by `reached`), durably."""
         save_tensors(self.folder / f"{name}.safetensors", tensors, {})
         failpoint(name)
 

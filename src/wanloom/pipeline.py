@@ -352,7 +352,6 @@ class Pipeline:
                         "denoise", index * takes + take + 1, plan.steps * takes, sigma=step.sigma, t=step.t,
                         expert=velocity.name, seed=work.plans[take].seed, film=film,
                     )  # fmt: skip
-            job.save("latents", {str(take): step.x[0] for take, step in enumerate(latest)})
         return [step.x[0] for step in latest]
 
     def _experts(self, plan: Plan, conditioning: Conditioning, said: dict[str, Tensor]) -> Experts:
