@@ -181,10 +181,9 @@ def _last_frame_dropped(x: Tensor, channels: int, ft: int, fs: int, *, first: bo
 
 
 def _padded_above(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: int) -> Tensor:
-    if stride == 1:
-        return CONV2D(x, weight, bias, padding=padding)
-    y = CONV2D(x, weight, bias, stride=stride, padding=1)
-    return F.pad(y, (0, 0, 1, 0, 1, 0))  # the caller leaves out the first row and column
+    if stride == 2:
+        x = x.roll((1, 1), (2, 3))  # the zero row and column come first
+    return CONV2D(x, weight, bias, stride=stride, padding=padding)
 
 
 INTERLEAVE, FOLD, CONV2D = module.interleave, module.fold, module.conv2d

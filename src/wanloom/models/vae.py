@@ -229,10 +229,10 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         conv = cast(nn.Conv2d, self.resample["1"])
-        # zeros right and below only: pad by two all around, and leave out the first row and column of the result
-        y = conv2d(x, conv.weight, conv.bias, stride=2, padding=2)[:, :, 1:, 1:]
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))  # zeros right and below only
+        y = conv2d(x, conv.weight, conv.bias, stride=2, padding=0)
         if self.time_conv is None:
-            return y.contiguous()
+            return y
         tail = tape.pull()
         tape.push(y, 1)
         if tail is not None:
