@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 import tiny
+
+
+def pytest_configure() -> None:
+    """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

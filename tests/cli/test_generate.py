@@ -158,13 +158,13 @@ def test_like_of_a_video_that_is_not_ours(run, models, tmp_path):
     assert "other.mp4 carries no plan" in ran.err
 
 
-def test_a_killed_run_continues_where_it_was(run, models, tmp_path):
+def test_a_killed_run_continues_where_it_was(models, tmp_path):
     four = tuple("4" if word == "2" else word for word in SHORT)
     words = ("generate", "--task", SMALL, "--ckpt-dir", models / SMALL, *four, "--save-every", "1")
-    assert run(*words, "--out", "whole.png").code == 0
+    assert run_process(tmp_path, *words, "--out", "whole.png").code == 0
     killed = run_process(tmp_path, *words, "--out", "a.png", WANLOOM_FAILPOINT="state:2")
     assert killed.code == -signal.SIGKILL
-    ran = run("generate", "--resume", "a.job")
+    ran = run_process(tmp_path, "generate", "--resume", "a.job")
     assert ran.code == 0, ran.err
     assert "resuming at step 3 of 4" in ran.out
     assert (media.read_video(tmp_path / "a.png")[0] == media.read_video(tmp_path / "whole.png")[0]).all()

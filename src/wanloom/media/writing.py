@@ -293,16 +293,18 @@ class PngSink:
             self._pieces += 1
 
     def close(self) -> None:
-        if self._frames == 1:
-            self._begin(animated=False)
-        if self._frames:
-            self._chunk(b"IEND", b"")
-        if self._control:
-            self._file.seek(self._control)
-            self._chunk(b"acTL", struct.pack(">II", self._frames, 0))
-        self._file.flush()
-        if self._owned:
-            self._file.close()
+        try:
+            if self._frames == 1:
+                self._begin(animated=False)
+            if self._frames:
+                self._chunk(b"IEND", b"")
+            if self._control:
+                self._file.seek(self._control)
+                self._chunk(b"acTL", struct.pack(">II", self._frames, 0))
+            self._file.flush()
+        finally:
+            if self._owned:
+                self._file.close()
 
     def _begin(self, *, animated: bool) -> None:
         """Everything up to the pixels of the first frame, and these."""
