@@ -109,3 +109,22 @@ def test_captions_encode_in_training_as_in_the_pipeline(tmp_path: Path, captions
     theirs = encode_text(task.text, task.tokenizer, captions, 24)
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
     assert ours[1, 1:].abs().max() == 0
+
+
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    from wanloom.models.dit import DiT, init_for_training
+    from wanloom.train.flow import recompute
+
+    config = VARIANTS["demo-t2v"].dit
+    gradients = []
+    for again in (False, True):
+        dit = init_for_training(DiT(config), torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(dit.head.head.weight, generator=torch.Generator().manual_seed(1))
+        for block in dit.blocks if again else ():
+            recompute(block)
+        x = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+        dit(x, torch.tensor([[500.0]]), torch.ones(1, 3, config.text_dim)).square().mean().backward()
+        gradients.append({n: p.grad for n, p in dit.named_parameters()})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.equal(plain[n], recomputed[n]) for n in plain)

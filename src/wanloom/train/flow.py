@@ -7,11 +7,13 @@ first latent frame is given clean.  Experts are phases that start from a shared 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wanloom.checkpoint.load import load_into, survey_dit, survey_text, survey_vae
 from wanloom.demo.judge import judge
@@ -105,6 +107,8 @@ class FlowTask:
         use_kernel(self.dit, "plain")
         for block in self.dit.blocks if self.recipe.compile else ():
             block.compile(dynamic=False)
+        for block in self.dit.blocks if self.recipe.checkpointing else ():
+            recompute(block)
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text": self.text}
 
     @torch.no_grad()
@@ -249,6 +253,11 @@ class FlowTask:
             from wanloom.train.export import write_checkpoint
 
             write_checkpoint(self.recipe, self.folder, self.variant, self.text.state_dict(), self.vae)
+
+
+def recompute(block: nn.Module) -> None:
+    """Keep only the block's input for the backward pass and compute the rest again there."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def find_text(folder: Path) -> Path:
