@@ -1,35 +1,10 @@
-"""What the checkpoint tests share: the golden checkpoints, written once, and small ones of every released model."""
+"""What the checkpoint tests share beside tests/conftest.py."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-
-import tiny
-
-
-@pytest.fixture(scope="session")
-def golden_models(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the golden checkpoints Wan2.2-T2V-A14B, -I2V-A14B and -TI2V-5B; not to be changed."""
-    spec = importlib.util.spec_from_file_location("materialize", golden / "materialize.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("golden")
-    for name in ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"):
-        module.materialize(folder, name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of every released model in the published layout; not to be changed."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in tiny.TINY:
-        tiny.checkpoint(folder, name)
-    return folder
 
 
 @pytest.fixture(scope="session")
