@@ -57,12 +57,15 @@ def test_norm_modulate_rounds_only_its_result() -> None:
 def test_gated_sum_stays_float32_beside_a_bfloat16_branch() -> None:
     x, y, gate = draw(2, 5, 16), draw(2, 5, 16, seed=1, dtype=torch.bfloat16), draw(2, 2, 16, seed=2)
     group = torch.tensor([0, 0, 1, 1, 0])
-    total = gate_add(x, y, gate, group)
+    with torch.no_grad():
+        before = x.clone()
+        total = gate_add(x, y, gate, group)
+        assert total is x  # without gradients the sum is written over x
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total, x + gate[:, group] * y.float())
+    torch.testing.assert_close(total, before + gate[:, group] * y.float())
     norm = torch.nn.LayerNorm(16, 1e-6)
-    again, normed = gate_add_norm(x, y, gate, group, norm, torch.bfloat16)
-    assert torch.equal(again, total)
+    again, normed = gate_add_norm(before.requires_grad_(), y, gate, group, norm, torch.bfloat16)
+    assert again is not before and torch.equal(again, total)
     assert torch.equal(normed, norm(total).bfloat16())
 
 

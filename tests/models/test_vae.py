@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -273,6 +274,17 @@ def test_a_state_can_be_used_twice() -> None:
 
 
 @torch.no_grad()
+def test_a_stream_lets_go_of_each_tail_when_it_is_read() -> None:
+    vae = CausalVae(SMALL["2.1"]).eval().requires_grad_(False)
+    state = vae.decode(torch.zeros(1, 16, 1, 2, 2))[1]
+    seen = [weakref.ref(tail) for tail in state.tails]
+    tape = Tape(state)
+    del state
+    tape.pull()
+    assert seen[0]() is None
+    assert seen[1]() is not None
+
+
 def test_a_later_frame_changes_no_earlier_one() -> None:
     vae = small("2.1")
     video = clip(1, 3, 9, 16, 16)

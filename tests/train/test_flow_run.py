@@ -93,6 +93,17 @@ def test_ti2v_learns_with_and_without_a_given_frame(tmp_path: Path) -> None:
     assert (folder.parent / "sheets" / "shared-image-000003.png").exists()
 
 
+def test_a_model_of_other_latents_takes_the_trunk_and_the_text_encoder(tmp_path: Path) -> None:
+    t2v = trained(tmp_path, "demo-t2v", SHARED.format(first_frame=0.0))
+    phase = SHARED.replace('name = "shared"', 'name = "model"\ninit = "start:low_noise_model"')
+    folder = trained(tmp_path, "demo-ti2v", phase.format(first_frame=0.5), start=f'start = "{t2v}"')
+    ours, theirs = wanloom.load(folder, task="demo-ti2v"), wanloom.load(t2v, task="demo-t2v")
+    with ours.parts.use("dit", "model") as dit, theirs.parts.use("dit", "low_noise_model") as other:
+        block = dit.blocks[2].ffn[0].weight - other.blocks[2].ffn[0].weight
+        assert 0 < block.abs().max() < 0.2  # three steps away from the weights it began with
+        assert dit.patch_embedding.weight.shape[1] == 48 and other.patch_embedding.weight.shape[1] == 16
+
+
 @pytest.mark.parametrize("captions", [["a red circle moves left", ""]])
 def test_captions_encode_in_training_as_in_the_pipeline(tmp_path: Path, captions: list[str]) -> None:
     from wanloom.encoders import encode_text

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.models.config import DiTConfig
-from wanloom.models.layers import Block, Scene, Trunk, per_token, wide
+from wanloom.models.layers import Block, Scene, Trunk, per_token
+from wanloom.models.numerics import wide
 
 
 def count(n: int, like: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanloom.models.numerics import recording, wide
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -47,11 +49,6 @@ class Scene:
     whole: Callable[[Tensor], Tensor] = _same  # [B, the tokens at hand, *] -> [B, all tokens, *]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and norms beside parameters of `dtype`: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 # ---------------------------------------------------------------- attention kernels and named operations
 
 
@@ -76,14 +73,15 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, group: Tensor, eps: f
 
 
 def gate_add(x: Tensor, y: Tensor, gate: Tensor, group: Tensor) -> Tensor:
-    """x + gate * y for x, y [B, L, C] and gate [B, G, C]; the sum keeps the width of x."""
-    return torch.addcmul(x, y.to(x.dtype), per_token(gate, group))
+    """x + gate * y for x, y [B, L, C] and gate [B, G, C], in the dtype of x; without gradients into x."""
+    y, gate = y.to(x.dtype), per_token(gate, group)
+    return torch.addcmul(x, y, gate) if recording(x, y, gate) else x.addcmul_(y, gate)
 
 
 def gate_add_norm(
     x: Tensor, y: Tensor, gate: Tensor, group: Tensor, norm: nn.LayerNorm, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gated sum and its affine LayerNorm, the latter in `dtype`: both [B, L, C]."""
+    """The gated sum (`gate_add`) and its affine LayerNorm, the latter in `dtype`: both [B, L, C]."""
     x = gate_add(x, y, gate, group)
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps).to(dtype)
@@ -107,7 +105,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     else:  # one pass: on a CPU ten times faster than taking even and odd parts
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None])
+        numbers, turn = torch.view_as_complex(pairs), torch.view_as_complex(rope)[:, None]
+        copied = x.dtype != pairs.dtype and not recording(x)
+        turned = torch.view_as_real(numbers.mul_(turn) if copied else numbers * turn)
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -130,8 +130,17 @@ def context_kv(attention: CrossAttention, context: Tensor, image: bool = False) 
 
 
 def feed_forward(ffn: nn.Sequential, x: Tensor) -> Tensor:
-    """Linear, GELU (tanh form), Linear: [B, L, C] -> [B, L, C]."""
-    out: Tensor = ffn(x)
+    """Linear, GELU (tanh form), Linear: [B, L, C] -> [B, L, C].
+
+    The hidden layer is the largest tensor of a forward pass; without gradients GELU writes over it.
+    """
+    up, gelu, down = ffn
+    hidden: Tensor = up(x)
+    if recording(hidden):
+        hidden = gelu(hidden)
+    else:
+        torch.ops.aten.gelu_(hidden, approximate=gelu.approximate)
+    out: Tensor = down(hidden)
     return out
 
 
@@ -165,8 +174,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         high = x.to(wide(x.dtype))
         length = torch.linalg.vector_norm(high, dim=-1, keepdim=True)  # sums squares without storing them
-        high = high * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        return high.to(x.dtype) * self.weight
+        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
+        if recording(x, self.weight) or self.weight.dtype != x.dtype:
+            return (high * scale).to(x.dtype) * self.weight
+        high = high * scale if high is x else high.mul_(scale)
+        return high.to(x.dtype).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -231,7 +243,7 @@ class Block(nn.Module):
         self.ops = PLAIN
 
     def forward(self, x: Tensor, scene: Scene) -> Tensor:
-        """x [B, L, C] float32 -> the same."""
+        """x [B, L, C] float32 -> the same; without gradients x is written over."""
         ops, group, eps = self.ops, scene.group, self.eps
         dtype = self.norm3.weight.dtype  # not a Linear's: a stand-in for one may store its weight in another
         mod = self.modulation.to(scene.mod.dtype)[:, None] + scene.mod
@@ -239,7 +251,8 @@ class Block(nn.Module):
 
         y = self.self_attn(ops.norm_modulate(x, shift, scale, group, eps, dtype), scene.rope)
         x, normed = ops.gate_add_norm(x, y, gate, group, self.norm3, dtype)
-        x = x + self.cross_attn(normed, scene.context, scene.image)
+        y = self.cross_attn(normed, scene.context, scene.image)
+        x = x + y if recording(x, y) else x.add_(y)
         for part in self.after_cross:
             x = part(x, scene)
         y = ops.feed_forward(self.ffn, ops.norm_modulate(x, shift_ffn, scale_ffn, group, eps, dtype))
@@ -266,6 +279,7 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor, scene: Scene) -> Tensor:
         for part in self.enter:
             scene = part(x, scene)
+        x = x if recording(x) else x.clone()  # the blocks write over it
         for block in self.blocks:
             x = block(x, scene)
         return x

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.models.config import VaeConfig
+from wanloom.models.numerics import recording, wide
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Tape:
 
     def __init__(self, state: VaeState | None = None, *, keep: bool = True) -> None:
         self.first = state is None
-        self._old = iter(state.tails if state is not None else ())
+        self._old = list(reversed(state.tails)) if state is not None else []
         self._new: list[Tensor] | None = [] if keep else None
 
     def pull(self) -> Tensor | None:
-        """The tail that this layer pushed in the last call; None in the first call of a stream."""
-        return None if self.first else next(self._old)
+        """The tail that this layer pushed in the last call, now the layer's own; None in the first call of a stream."""
+        return None if self.first else self._old.pop()
 
     def push(self, x: Tensor, frames: int) -> None:
         """Remember the last `frames` frames of x [B, T, H, W, C]; a copy, so that the rest of x can be freed."""
@@ -60,16 +61,6 @@ class Tape:
 
     def state(self) -> VaeState:
         return VaeState(tuple(self._new or ()))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms and statistics: float32, or float64 for a float64 model."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def recording(*tensors: Tensor) -> bool:
-    """Whether autograd will come back for these; if not, buffers may be reused and written in place."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 MIN_PIECE = 1 << 16  # values; below this, starting an operation costs more than the memory traffic it saves
@@ -493,8 +484,10 @@ class CausalVae(nn.Module):
         """Encode a stream of pieces [B, 3, F, H, W] (first 1 + k * stride frames, then k * stride); yields latents."""
         state = None
         for piece in frames:
-            z, state = self.encode(piece, state)
-            yield z
+            tape, state = Tape(state), None  # nobody else holds the tails: each goes when its layer has read it
+            mu, _ = self._moments(piece, tape)
+            state = tape.state()
+            yield self.normalise(mu)
 
     def decode_chunks(self, z: Tensor, latents_per_chunk: int = 1) -> Iterator[Tensor]:
         """Decode z [B, z, T, h, w] piece by piece; yields pixels [B, 3, F, H, W].  Memory does not grow with T."""
@@ -503,9 +496,10 @@ class CausalVae(nn.Module):
         state = None
         for start in range(0, z.shape[2], latents_per_chunk):
             end = start + latents_per_chunk
-            tape = Tape(state, keep=end < z.shape[2])
-            yield self._frames(z[:, :, start:end], tape)
+            tape, state = Tape(state, keep=end < z.shape[2]), None  # as in `encode_chunks`
+            video = self._frames(z[:, :, start:end], tape)
             state = tape.state()
+            yield video
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [B, z, T, h, w] of the posterior of a whole clip, not normalised (for training)."""

@@ -113,17 +113,24 @@ class FlowTask:
 
     @torch.no_grad()
     def start(self, expert: str) -> None:
-        """Take text encoder and one expert of the recipe's `start`; new input channels begin at zero."""
+        """Take text encoder and one expert of the recipe's `start`; new input channels begin at zero.
+
+        Where the other model speaks another VAE's latents, its first and last layer are left out: ours begin anew.
+        """
         home = Path(str(self.recipe.start))
         weights, config = survey_dit(home / expert if (home / expert).is_dir() else home)
         with torch.device("meta"):
             other = DiT(config)
         load_into(other, weights, dtype=torch.float32)
         values = other.state_dict()
-        wide, narrow = self.dit.patch_embedding.weight, values.pop("patch_embedding.weight")
-        wide.zero_()[:, : narrow.shape[1]] = narrow.to(wide.dtype)
+        narrow = values.pop("patch_embedding.weight")
+        if config.out_channels == self.variant.dit.out_channels:
+            wide = self.dit.patch_embedding.weight
+            wide.zero_()[:, : narrow.shape[1]] = narrow.to(wide.dtype)
+        else:
+            values = {name: v for name, v in values.items() if not name.startswith(("patch_embedding.", "head.head."))}
         for name, p in self.dit.named_parameters():
-            if name != "patch_embedding.weight":
+            if name in values:
                 p.copy_(values[name])
         load_into(self.text, survey_text(find_text(home))[0], dtype=self.text.dtype, device=str(self.device))
 

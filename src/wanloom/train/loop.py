@@ -87,13 +87,13 @@ def start_from(task: Task, averages: Path) -> None:
 def _run_phase(task: Task, phase: Phase, recipe: Recipe, ranks: Ranks, folder: Path) -> None:
     home = folder / phase.name
     done = home / "average.safetensors"
-    if done.exists():
-        start_from(task, done)
-        return
     if phase.init is not None and phase.init.startswith("start:"):
         task.start(phase.init.removeprefix("start:"))
     elif phase.init is not None:
         start_from(task, folder / phase.init / "average.safetensors")
+    if done.exists():
+        start_from(task, done)  # over what it began with: parts that the phase did not train are not in it
+        return
     learner = Learner(task.modules, phase.optim, ranks, task.only(phase))
     home.mkdir(parents=True, exist_ok=True)
     step, before = 0, 0.0
