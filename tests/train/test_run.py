@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from wanloom.errors import InputError
+from wanloom.models.vae import CausalVae, init_for_training
 from wanloom.train.ranks import Ranks
 from wanloom.train.state import find_state, load_tensors, save_state
+from wanloom.train.vae import write_vae
+from wanloom.variants import VARIANTS
 
 RECIPE = """
 name = "{name}"
@@ -49,33 +52,70 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def write_recipe(folder: Path, name: str, processes: int) -> Path:
-    path = folder / f"{name}.toml"
-    path.write_text(RECIPE.format(name=name, processes=processes))
-    return path
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path: Path, processes: int) -> None:
-    recipe = write_recipe(tmp_path, "run", processes)
-    finish(launch(recipe, tmp_path / "whole"))
-    broken = launch(recipe, tmp_path / "broken")
-    state = tmp_path / "broken" / "run" / "only" / "step_00000004"
+def kill_at(state: Path, recipe: Path, root: Path) -> None:
+    """Start the recipe and kill its processes once `state` is written."""
+    broken = launch(recipe, root)
     deadline = time.monotonic() + 120
     while not state.exists() and broken.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate()
-    done = tmp_path / "broken" / "run" / "only" / "average.safetensors"
-    assert not done.exists(), "the run was over before it was killed; it cannot show anything"
+    assert not (state.parent / "average.safetensors").exists(), "the phase was over before the kill: it shows nothing"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path: Path, processes: int) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(RECIPE.format(name="run", processes=processes))
+    finish(launch(recipe, tmp_path / "whole"))
+    only = tmp_path / "broken" / "run" / "only"
+    kill_at(only / "step_00000004", recipe, tmp_path / "broken")
     out = finish(launch(recipe, tmp_path / "broken"))
     assert "event resume" in out
     whole = load_file(tmp_path / "whole" / "run" / "only" / "average.safetensors")
-    again = load_file(done)
+    again = load_file(only / "average.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     names = sorted(p.name for p in (tmp_path / "broken" / "run" / "checkpoint").iterdir())
     assert names == ["Wan2.1_VAE.safetensors"]
+
+
+FLOW = """
+name = "flow"
+variant = "demo-t2v"
+kind = "flow"
+seed = 4
+processes = 2
+vae = "{vae}"
+data = {{ clips = 4, held_out = 2 }}
+watch = {{ log = 1, loss = 100, sheet = 100, save = 2, prompts = 1, sampler_steps = 1 }}
+[[phases]]
+name = "shared"
+optim = {{ muon_lr = 0.02, warmup = 1 }}
+stages = [{{ steps = 2, batch = 2, frames = 1 }}, {{ steps = 2, batch = 2 }}]
+[[phases]]
+name = "high_noise_model"
+init = "shared"
+trains = ["dit"]
+flow = {{ low = 0.875 }}
+optim = {{ muon_lr = 0.006, warmup = 1 }}
+stages = [{{ steps = 40, batch = 1 }}]
+"""
+
+
+def test_a_flow_run_killed_in_its_second_phase_ends_with_the_same_checkpoint(tmp_path: Path) -> None:
+    vae = CausalVae(VARIANTS["demo-t2v"].vae)
+    init_for_training(vae, torch.Generator().manual_seed(0))
+    write_vae(vae, tmp_path / "vae")
+    recipe = tmp_path / "flow.toml"
+    recipe.write_text(FLOW.format(vae=tmp_path / "vae"))
+    finish(launch(recipe, tmp_path / "whole"))
+    kill_at(tmp_path / "broken" / "flow" / "high_noise_model" / "step_00000004", recipe, tmp_path / "broken")
+    assert "event resume" in finish(launch(recipe, tmp_path / "broken"))
+    whole, again = (tmp_path / root / "flow" / "checkpoint" for root in ("whole", "broken"))
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors"))
+    assert len(files) == 4  # two experts, text encoder, VAE
+    assert all((whole / file).read_bytes() == (again / file).read_bytes() for file in files)
 
 
 def test_a_damaged_newest_state_falls_back_to_the_one_before(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -180,18 +181,13 @@ class FlowTask:
         mine = list(self.ranks.mine(count))
         rng = stream(self.recipe.seed, CAPTIONS, HELD_OUT)
         captions = self.held_out.captions(list(range(count)), rng, 0.0)
-        context = self.encode([captions[i] for i in mine])
-        batch = self.batch(self.held_out, mine, context)
-        noise = torch.stack(
-            [
-                torch.randn(batch.x0.shape[1:], generator=torch_stream(self.recipe.seed, NOISE, HELD_OUT, i))
-                for i in mine
-            ]
-        )
         sums = torch.zeros(len(LEVELS))
-        for k, level in enumerate(LEVELS):
-            sigma = torch.full((len(mine),), level, device=self.device)
-            sums[k] = flow_loss(self.dit, batch, sigma, noise.to(self.device))[1].sum()
+        if mine:
+            batch = self.batch(self.held_out, mine, self.encode([captions[i] for i in mine]))
+            noise = torch.stack([self._noise(batch, i) for i in mine]).to(self.device)
+            for k, level in enumerate(LEVELS):
+                _, each = flow_loss(self.dit, batch, torch.full((len(mine),), level, device=self.device), noise)
+                sums[k] = each.sum()
         losses = (self.ranks.sum_(sums) / count).tolist()
         inside = [v for v, s in zip(losses, LEVELS, strict=True) if phase.flow.low <= s <= phase.flow.high]
         report: dict[str, Any] = {
@@ -211,26 +207,32 @@ class FlowTask:
     def _sample(self, phase: Phase, step: int, *, given: bool) -> dict[str, Any]:
         watch, seed = self.recipe.watch, self.recipe.seed
         mine = list(self.ranks.mine(min(watch.prompts, len(self.held_out.clips))))
-        captions = [caption(self.held_out.clips[i], stream(seed, CAPTIONS, HELD_OUT, i)) for i in mine]
-        context, empty = self.encode(captions), self.encode([""] * len(mine))
-        batch = self.batch(self.held_out, mine, context)
-        x = torch.stack(
-            [torch.randn(batch.x0.shape[1:], generator=torch_stream(seed, NOISE, HELD_OUT, i)) for i in mine]
-        )
-        latents = self.denoise(x.to(self.device), batch, context, empty, given=given and not self.image)
         totals, rows = torch.zeros(7), []
-        for j, i in enumerate(mine):
-            out = self.vae.decode(latents[j : j + 1].cpu())[0][0]
-            verdict = judge(to_frames(out), self.held_out.clips[i])
+        captions = [caption(self.held_out.clips[i], stream(seed, CAPTIONS, HELD_OUT, i)) for i in mine]
+        frames = self._generate(mine, captions, given=given) if mine else []
+        for i, text, video in zip(mine, captions, frames, strict=True):
+            verdict = judge(video, self.held_out.clips[i])
             marks = (verdict.background, verdict.colour, verdict.shape, verdict.motion, verdict.all_right)
             totals += torch.tensor([1.0, *map(float, marks), verdict.iou])
-            rows.append((captions[j], [to_frames(out)]))
+            rows.append((text, [video]))
         self.ranks.sum_(totals)
         if rows and self.ranks.first:
             kind = "image-" if given else ""
             sheet(rows[:16], self.folder / "sheets" / f"{phase.name}-{kind}{step:06d}.png", scale=2)
         names = ("background", "colour", "shape", "motion", "all_right", "iou")
         return {n: round(float(v), 3) for n, v in zip(names, totals[1:] / totals[0], strict=True)}
+
+    def _generate(self, mine: list[int], captions: list[str], *, given: bool) -> list[np.ndarray]:
+        """The clips that held-out scenes `mine` become, uint8 [F, H, W, 3] each; noise is a function of the scene."""
+        context, empty = self.encode(captions), self.encode([""] * len(mine))
+        batch = self.batch(self.held_out, mine, context)
+        x = torch.stack([self._noise(batch, i) for i in mine])
+        latents = self.denoise(x.to(self.device), batch, context, empty, given=given and not self.image)
+        return [to_frames(self.vae.decode(z[None].cpu())[0][0]) for z in latents]
+
+    def _noise(self, batch: FlowBatch, i: int) -> Tensor:
+        """The noise of held-out scene i, [C, T, h, w]."""
+        return torch.randn(batch.x0.shape[1:], generator=torch_stream(self.recipe.seed, NOISE, HELD_OUT, i))
 
     def denoise(self, x: Tensor, batch: FlowBatch, context: Tensor, empty: Tensor, *, given: bool) -> Tensor:
         """Sample latents like the pipeline does, with the weights as they stand, as one model for all noise levels."""
