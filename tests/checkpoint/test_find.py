@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,14 @@ def test_b083_one_expert_alone_is_refused(tmp_path: Path, gone: str) -> None:
     message = refused("E4019", lambda: resolve(T2V, ckpt_dir=root))
     assert f"the expert {gone} is missing" in message
     assert ("--dit-high" if gone.startswith("high") else "--dit-low") in message
+
+
+def test_b083_a_diffusers_directory_without_its_second_expert_is_refused(models: Path, tmp_path: Path) -> None:
+    root = convert(models / "t2v-A14B", tmp_path / "two", to="diffusers").path
+    shutil.rmtree(root / "transformer_2")
+    assert "the expert low_noise_model is missing" in refused("E4019", lambda: resolve(T2V, ckpt_dir=root))
+    other = replace(T2V, name="other", experts=VARIANTS["t2v-14B"].experts)
+    assert "(two experts), expected other (one transformer)" in refused("E4016", lambda: resolve(other, ckpt_dir=root))
 
 
 def test_b083_one_expert_given_by_path_is_refused(models: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanloom.checkpoint.detect import candidates, check_dit, check_vae, config_of, expert_hint
+from wanloom.checkpoint.documents import read_json
 from wanloom.checkpoint.header import PICKLES
 from wanloom.checkpoint.weights import INDEX, STEMS, few, open_weights, plain_name, prefer_safetensors
 from wanloom.errors import InputError
@@ -132,13 +133,23 @@ def _expert_in(root: Path, variant: Variant, index: int) -> Path | None:
     names = variant.expert_names
     if len(names) == 1 and has_transformer(root):
         return root
-    if len(names) == 1 and (root / DIFFUSERS_EXPERTS[1]).is_dir():
+    if len(names) == 1 and _has_two(root):
         return None  # a directory with two experts: the caller says what that is
     places = [root / names[index]] if len(names) == 2 else []
     for place in (*places, root / DIFFUSERS_EXPERTS[index]):
         if place.is_dir():
             return place
     return _in_comfy(root, "dit", variant, names[index] if len(names) == 2 else None)
+
+
+def _has_two(root: Path) -> bool:
+    """Whether a diffusers directory is that of a model with two experts, even where the second one is not there."""
+    if (root / DIFFUSERS_EXPERTS[1]).is_dir():
+        return True
+    index = root / "model_index.json"
+    about = read_json(index) if index.is_file() else None
+    second = about.get(DIFFUSERS_EXPERTS[1]) if isinstance(about, dict) else None
+    return isinstance(second, list) and any(second)
 
 
 def has_transformer(folder: Path) -> bool:
@@ -157,10 +168,11 @@ def _explain_other(variant: Variant, root: Path) -> None:
     config = config_of(weights)
     assert isinstance(config, DiTConfig)
     check_dit(weights.where, config, variant)
-    names = " or ".join(candidates(config, experts=len(experts))) or "another model"
+    count = 1 if "model" in experts else 2
+    names = " or ".join(candidates(config, experts=count)) or "another model"
     if not set(experts) & set(variant.expert_names):
-        counts = {1: "one transformer", 2: "two experts"}
-        mine, theirs = counts[len(experts)], counts[len(variant.experts)]
+        words = {1: "one transformer", 2: "two experts"}
+        mine, theirs = words[count], words[len(variant.experts)]
         raise InputError("E4016", f"{root}: this is {names} ({mine}), expected {variant.name} ({theirs}).")
 
 
@@ -273,7 +285,7 @@ def contents(root: Path) -> Contents:
         found = [_in_comfy(root, "dit", None, name) for name in EXPERTS]
     experts = {name: place for name, place in zip(EXPERTS, found, strict=True) if place is not None}
     single = root if has_transformer(root) else None
-    if single is None and list(experts.values()) == [root / DIFFUSERS_EXPERTS[0]]:
+    if single is None and list(experts.values()) == [root / DIFFUSERS_EXPERTS[0]] and not _has_two(root):
         single = root / DIFFUSERS_EXPERTS[0]  # diffusers' directory of a model with one transformer
     if single is None and not experts:
         single = _in_comfy(root, "dit", None)
