@@ -91,12 +91,14 @@ def clip_parameters(config: ClipConfig) -> int:
     return config.layers * layer + around
 
 
+RESAMPLING = 9  # kernel positions of the layers that double or halve a frame: 3x3, the others look back in time
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution of the VAE at its place: `frames` output frames of `pixels` positions, `taps` inputs per output.
 
-    `past`: frames of its input kept between the pieces of a stream.  `working` and `held` are values per frame and
-    position of its input size, see `_vae_memory`.
+    `past`: frames of its input kept between the pieces of a stream.
     """
 
     inputs: int
@@ -379,15 +381,12 @@ def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:
 def dit_activations(config: DiTConfig, latent: Sequence[int], dtype: str) -> int:
     """Bytes at the widest point of a block of the plain code, for one sample (the two passes follow each other).
 
-    Per token and channel: three float32 streams (before the trunk, before and in the block), then either attention
-    (its input, q, k, v, one of them rotated, the output, and the rotation's float32) or the feed-forward (its input,
-    two results still referred to, and the hidden layer before and after the GELU; a CPU's bfloat16 products keep a
-    third copy).  Beside them the rotation table and six latents of the solver in float32.
-    Measured on a CPU (two blocks of 1280 channels, 8192 tokens): 0.97 to 1.02 of this.
+    Per token and channel: two float32 streams (before the trunk, and in it), then either attention (its input, q, k, v,
+    one of them rotated, the output, and the rotation's float32) or the feed-forward (its input, the hidden layer, the
+    output).  Beside them the rotation table and six latents of the solver in float32.
     """
     length, each = tokens(latent, config.patch), DTYPE_BYTES[dtype]
-    hidden = (2 if dtype == "float32" else 3) * each * config.ffn_dim / config.dim
-    block = int(length * config.dim * (12 + max(6 * each + 8, 3 * each + hidden)))
+    block = int(length * config.dim * (8 + max(6 * each + 4, each * (2 + config.ffn_dim / config.dim))))
     table = length * config.head_dim // 2 * 8
     values = latent[0] * latent[1] * latent[2] * latent[3]
     return block + table + 6 * 4 * values
@@ -403,10 +402,8 @@ def text_activations(config: TextConfig, length: int, dtype: str) -> int:
 def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool) -> int:
     """Bytes of a streamed encode or decode in float32: what the stream remembers, and its widest layer at work.
 
-    A piece of the stream is one latent.  What is remembered exists twice while a piece runs (old and new).  A layer at
-    work holds its input and the same with the past before it, its output and the shortcut; the convolution holds
-    both in its own layout once more, and the output before its copy to ours.
-    Measured on a CPU at 64 to 128 pixels a side: 0.8 to 1.05 of this.
+    A piece of the stream is one latent.  What is remembered is replaced layer by layer.  A layer at work holds its
+    input and the same with the past before it, its output, and that twice more in the convolution's own layout.
     """
     if decode:
         # Two latents of which the first stands alone: the frames of the second are those of a later piece.
@@ -417,9 +414,10 @@ def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool) -
     widest = 0
     for layer in layers:
         frames = max(1, layer.frames - 1)
-        values = layer.inputs * (4 * frames + 3 * layer.past) + 6 * layer.outputs * frames
-        widest = max(widest, layer.pixels * values)
-    return 4 * (2 * remembered + widest)
+        values = layer.inputs * (2 * frames + layer.past) + 3 * layer.outputs * frames
+        if layer.taps != RESAMPLING:  # never the widest: what they read or write, the layer beside them holds as well
+            widest = max(widest, layer.pixels * values)
+    return 4 * (remembered + widest)
 
 
 def disk_bytes(plan: Sized) -> int:

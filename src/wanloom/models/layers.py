@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanloom.models.numerics import recording, wide
+from wanloom.models.numerics import add, recording, wide
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -250,13 +250,12 @@ class Block(nn.Module):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = mod.unbind(2)  # 6 x [B, G, C]
 
         y = self.self_attn(ops.norm_modulate(x, shift, scale, group, eps, dtype), scene.rope)
-        x, normed = ops.gate_add_norm(x, y, gate, group, self.norm3, dtype)
-        y = self.cross_attn(normed, scene.context, scene.image)
-        x = x + y if recording(x, y) else x.add_(y)
+        x, y = ops.gate_add_norm(x, y, gate, group, self.norm3, dtype)
+        x = add(x, self.cross_attn(y, scene.context, scene.image))
         for part in self.after_cross:
             x = part(x, scene)
-        y = ops.feed_forward(self.ffn, ops.norm_modulate(x, shift_ffn, scale_ffn, group, eps, dtype))
-        x = ops.gate_add(x, y, gate_ffn, group)
+        y = ops.norm_modulate(x, shift_ffn, scale_ffn, group, eps, dtype)
+        x = ops.gate_add(x, ops.feed_forward(self.ffn, y), gate_ffn, group)
         for part in self.after:
             x = part(x, scene)
         return x

@@ -14,3 +14,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def recording(*tensors: Tensor) -> bool:
     """Whether autograd will come back for these; if not, buffers may be reused and written in place."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; without gradients into x."""
+    return x + y if recording(x, y) else x.add_(y)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.models.config import VaeConfig
-from wanloom.models.numerics import recording, wide
+from wanloom.models.numerics import add, recording, wide
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,6 @@ def norm_silu_conv(norm: ChannelNorm, conv: nn.Conv3d, x: Tensor, tape: Tape) ->
         norm.silu_into(out[back:], clip)
     tape.push(y, back)
     return conv3d(y, conv)
-
-
-def add(y: Tensor, x: Tensor) -> Tensor:
-    """y + x; without gradients into y, which the caller has just made."""
-    return y + x if recording(y, x) else y.add_(x)
 
 
 class ResidualBlock(nn.Module):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from PIL import Image
 import wanloom
 from wanloom.demo.judge import judge
 from wanloom.demo.world import Clip, examples, first_frame, render
-from wanloom.durable import write_atomic
+from wanloom.durable import sha256_file, write_atomic
 from wanloom.train.data import to_video
 from wanloom.train.export import seconds_trained
 from wanloom.train.flow import load_vae
@@ -163,7 +165,8 @@ def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -
         figures |= {k: v for k, v in summary.items() if k != "seconds" or "seconds" not in figures}
         sheet(rows[:40], sheets / f"{mode}.png", scale=1)
     (checkpoint / "first.png").unlink(missing_ok=True)
-    weights = sum(p.stat().st_size for p in checkpoint.rglob("*.safetensors"))
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    weights = sum(p.stat().st_size for p in files)
     missed = shortfalls(figures, weights, floors)
     card = {
         "name": name,
@@ -173,8 +176,11 @@ def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -
         "recipes": [f"recipes/{run.name}.toml" for run in runs],
         "training_seconds": {run.name: round(seconds_trained(run)) for run in runs},
         "weights_bytes": weights,
+        "sha256": {p.relative_to(checkpoint).as_posix(): sha256_file(p) for p in files},
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
         "figures": figures,
         "floors": {k: list(v) for k, v in floors.items()},
     }
@@ -194,7 +200,7 @@ def words_of(card: dict[str, Any]) -> str:
         + ", ".join(f"{run} {s}" for run, s in card["training_seconds"].items())
         + f". Weights: {card['weights_bytes'] / 1e6:.1f} MB, bf16.", "",
         "Judged on held-out prompts, seed = index, default steps, by `python -m wanloom.train.card`"
-        f" (torch {card['torch']}, {card['threads']} threads).", "",
+        f" ({card['machine']}, {card['threads']} threads, torch {card['torch']}, {card['date']}).", "",
         "| figure | mean | 95 % interval | of | at least | aim |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, f in card["figures"].items():
