@@ -222,7 +222,7 @@ FLF2V_14B = replace(
 # text is the empty one. A checkpoint's own sizes (vocabulary, text length) are read from its files.
 _DEMO_DIT = DiTConfig(dim=128, ffn_dim=384, heads=4, layers=6, text_dim=96, text_len=24)
 _DEMO_VAE = VaeConfig(dim=16, decoder_dim=16, multipliers=(1, 1, 2, 4), blocks=1)
-_DEMO_DEFAULTS = Defaults(size=(64, 64), frames=17, fps=8, steps=20, guidance=(3.0, 3.0), negative_prompt="")
+_DEMO_DEFAULTS = Defaults(size=(64, 64), frames=17, fps=8, steps=20, guidance=(3.0, 4.0), negative_prompt="")
 
 DEMO_T2V = Variant(
     name="demo-t2v",
@@ -256,7 +256,7 @@ DEMO_TI2V = replace(
     vae=replace(VAE_22, dim=16, decoder_dim=16, multipliers=(1, 1, 4, 4), blocks=1),
     conditioner="clean_frame",
     images=TI2V_5B.images,
-    defaults=replace(_DEMO_DEFAULTS, size=(128, 128)),
+    defaults=replace(_DEMO_DEFAULTS, size=(128, 128), guidance=(3.0, 3.0)),
     sizes=((128, 128),),
 )
 

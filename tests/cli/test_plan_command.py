@@ -46,10 +46,11 @@ def test_what_does_not_fit_is_named_and_exits_5(run, computer, has, short):
     assert f"It does not fit. {short}: " in ran.out
 
 
-def test_what_would_fit_instead_does_fit(run, computer):
-    computer(memory=21)
+@pytest.mark.parametrize(("memory", "model"), [(21, "ti2v-5B"), (15, "t2v-1.3B")])
+def test_what_would_fit_instead_does_fit(run, computer, memory, model):
+    computer(memory=memory)
     instead = run("plan", "t2v-A14B").out.rpartition("This would: wanloom ")[2].split()
-    assert instead[:2] == ["plan", "t2v-1.3B"]
+    assert instead[:2] == ["plan", model]
     assert run(*instead).code == 0
 
 
