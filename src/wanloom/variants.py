@@ -245,6 +245,7 @@ DEMO_I2V = replace(
     experts=I2V_A14B.experts,
     conditioner="image",
     images=I2V_A14B.images,
+    defaults=replace(_DEMO_DEFAULTS, guidance=(2.0, 2.0)),
 )
 DEMO_TI2V = replace(
     DEMO_T2V,
