@@ -331,9 +331,6 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" in target:
             continue
-        # The picture is made from the demo model, and comes with its weights.
-        if target == "docs/demo.gif" and "demo-t2v" not in demo.available():
-            continue
         assert (document.parent / target).exists(), target
 
 

@@ -33,7 +33,10 @@ def test_all_models_together_are_small() -> None:
     assert sum(demo.size_of(name) for name in MODELS) <= 50_000_000
 
 
-@pytest.mark.skipif("demo-t2v" not in MODELS, reason="demo-t2v is not in this package")
+def test_the_models_that_are_trained_are_in_the_package() -> None:
+    assert {"demo-t2v", "demo-i2v"} <= set(MODELS)
+
+
 def test_held_out_prompts_become_what_they_say() -> None:
     pipe = wanloom.load("demo-t2v")
     verdicts = [judge(pipe(prompt=text, seed=i).frames, clip) for i, (clip, text) in enumerate(examples(5))]
