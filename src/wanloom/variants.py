@@ -254,7 +254,7 @@ DEMO_TI2V = replace(
     about="our own small model of moving shapes, from text, or text and a first image, as Wan2.2 ti2v-5B",
     dit=replace(_DEMO_DIT, in_channels=48, out_channels=48),
     experts=TI2V_5B.experts,
-    vae=replace(VAE_22, dim=16, decoder_dim=16, multipliers=(1, 1, 4, 4), blocks=1),
+    vae=replace(VAE_22, dim=16, decoder_dim=24, multipliers=(1, 1, 4, 4), blocks=1),
     conditioner="clean_frame",
     images=TI2V_5B.images,
     defaults=replace(_DEMO_DEFAULTS, size=(128, 128), guidance=(3.0, 3.0)),

@@ -22,6 +22,30 @@ class Toy(nn.Module):
         return self.out(x)
 
 
+class Coder(nn.Module):
+    """As a VAE: kernels between two ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv3d(1, 4, 1)
+        self.downsamples = nn.ModuleList([nn.Conv3d(4, 4, 3, padding=1), nn.Conv3d(4, 4, 3, padding=1)])
+        self.head = nn.Conv3d(4, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        for layer in self.downsamples:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def learn_to_code(learner: Learner, model: Coder, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+        (model(x) - x).square().mean().backward()
+        learner.step(1.0, step)
+
+
 def learn(learner: Learner, model: Toy, steps: range) -> None:
     for step in steps:
         x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
@@ -59,6 +83,33 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(muon: float) -> None:
     learn(second, other, range(5, 12))
     got = second.state()
     assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_kernels_between_the_ends_are_stepped_as_matrices() -> None:
+    model = Coder().to(memory_format=torch.channels_last_3d)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    learn_to_code(Learner({"vae": model}, Optim(lr=1e-9, muon_lr=0.1, warmup=0), Ranks()), model, range(1))
+    moved = {n: (p.detach() - before[n]) for n, p in model.named_parameters()}
+    for name in ("conv1.weight", "head.weight", "downsamples.0.bias"):  # AdamW's, whose rate is next to nothing
+        assert moved[name].abs().max() < 1e-7
+    for name in ("downsamples.0.weight", "downsamples.1.weight"):
+        values = torch.linalg.svdvals(moved[name].flatten(1))  # Muon: all directions go equally far
+        assert values.min() > 0.5 * values.max() > 0.01
+
+
+def test_a_kernel_learned_as_a_matrix_goes_on_bit_for_bit() -> None:
+    optim = Optim(lr=1e-2, muon_lr=0.01, warmup=0)
+    straight = Coder()
+    learner = Learner({"vae": straight}, optim, Ranks())
+    learn_to_code(learner, straight, range(8))
+    model = Coder()
+    first = Learner({"vae": model}, optim, Ranks())
+    learn_to_code(first, model, range(3))
+    second = Learner({"vae": (other := Coder())}, optim, Ranks())
+    second.load({k: v.clone() for k, v in first.state().items()})
+    learn_to_code(second, other, range(3, 8))
+    expected, got = learner.state(), second.state()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
 
 

@@ -2,7 +2,7 @@
 
 The model's own tensors are the working copy (bf16 or fp32).  Gradients of all of them go into one flat fp32 vector, are
 averaged over ranks in one message and clipped; the masters are views of another flat vector, so are the averages.
-Matrices inside blocks may be stepped by Muon, each rank taking its share of them.
+Matrices inside blocks, and the kernels of a VAE, may be stepped by Muon, each rank taking its share of them.
 """
 
 from __future__ import annotations
@@ -54,16 +54,28 @@ class Learner:
         self.flat = torch.cat([p.detach().float().flatten() for p in self.working])
         self.average = self.flat.clone()
         self.gradient = torch.zeros_like(self.flat)
-        self.masters = [nn.Parameter(v) for v in _views(self.flat, self.working)]
-        for master, g in zip(self.masters, _views(self.gradient, self.working), strict=True):
-            master.grad = g
+        # Muon knows matrices only: a kernel is one row for each channel that it makes.
+        self.muon_owner = {i: k % ranks.size for k, i in enumerate(self._matrices())}
+        self.masters = [nn.Parameter(self._form(i, v)) for i, v in enumerate(_views(self.flat, self.working))]
+        for i, (master, g) in enumerate(zip(self.masters, _views(self.gradient, self.working), strict=True)):
+            master.grad = self._form(i, g)
         self._build_optimisers()
 
-    def _build_optimisers(self) -> None:
-        matrices = [
-            i for i, n in enumerate(self.names) if self.optim.muon_lr and ".blocks." in n and self.working[i].ndim == 2
+    def _matrices(self) -> list[int]:
+        """The tensors that Muon steps: matrices inside a transformer's blocks, kernels between the ends of a VAE."""
+        named = enumerate(zip(self.names, self.working, strict=True))
+        inner = (".downsamples.", ".upsamples.", ".middle.")
+        return [
+            i
+            for i, (name, p) in (named if self.optim.muon_lr else ())
+            if (p.ndim == 2 and ".blocks." in name)
+            or (p.ndim >= 4 and p[0].numel() > 1 and any(place in name for place in inner))
         ]
-        self.muon_owner = {i: k % self.ranks.size for k, i in enumerate(matrices)}
+
+    def _form(self, i: int, view: Tensor) -> Tensor:
+        return view.flatten(1) if i in self.muon_owner else view
+
+    def _build_optimisers(self) -> None:
         mine = [self.masters[i] for i, owner in self.muon_owner.items() if owner == self.ranks.rank]
         rest = [self.masters[i] for i in range(len(self.names)) if i not in self.muon_owner]
         self.adam = torch.optim.AdamW(
@@ -82,7 +94,7 @@ class Learner:
             if p.grad is None:
                 master.grad.zero_()
             else:
-                master.grad.copy_(p.grad)
+                master.grad.copy_(p.grad.reshape(master.shape))
                 p.grad = None
         self.ranks.mean_(self.gradient)
         norm = float(self.gradient.norm())
@@ -142,7 +154,7 @@ class Learner:
             for n, view in zip(self.names, _views(flat, self.working), strict=True):
                 if f"{prefix}/{n}" not in state:
                     raise InputError("E4013", f"training state: '{prefix}/{n}' is missing; it is of another model")
-                view.data.copy_(state[f"{prefix}/{n}"])
+                view.data.copy_(state[f"{prefix}/{n}"].view(view.shape))
         for kind, optimiser in (("adam", self.adam), ("muon", self.muon)):
             if optimiser is None:
                 continue

@@ -22,7 +22,7 @@ class Table(BaseModel):
 
 
 class Optim(Table):
-    """One optimiser: Muon for the matrices inside blocks when `muon_lr` is given, AdamW for the rest."""
+    """One optimiser: Muon for matrices inside blocks and kernels of a VAE when `muon_lr` is given, AdamW else."""
 
     lr: float = Field(default=2e-3, gt=0)
     muon_lr: float = Field(default=0.0, ge=0)  # 0: AdamW everywhere
