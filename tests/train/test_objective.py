@@ -68,3 +68,16 @@ def test_a_given_first_frame_is_clean_at_time_zero_and_has_no_gradient() -> None
     target = (noise - x0).square()
     assert each[0].item() == pytest.approx(target[0, :, 1:].mean().item(), rel=1e-5)
     assert each[1].item() == pytest.approx(target[1].mean().item(), rel=1e-5)
+
+
+def test_channels_that_carry_nothing_are_left_out_of_the_loss() -> None:
+    x0, noise = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
+    live = torch.tensor([True, False, True, False])
+    v = torch.zeros_like(x0, requires_grad=True)
+    batch = FlowBatch(x0, torch.zeros(2, 1, 1), live=live)
+    loss, each = flow_loss(lambda x, t, context: v, batch, torch.full((2,), 0.7), noise)
+    loss.backward()
+    assert v.grad is not None
+    assert v.grad[:, ~live].abs().max() == 0 < v.grad[:, live].abs().min()
+    target = (noise - x0)[:, live].square()
+    torch.testing.assert_close(each, target.mean((1, 2, 3, 4)))

@@ -50,6 +50,7 @@ from wanloom.variants import VARIANTS
 
 # Noise levels at which the held-out loss is measured: a few on each side of the usual expert boundary (0.875).
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.82, 0.9, 0.95, 0.99)
+DEAD = 0.01  # a latent channel that varies less carries nothing (`Recipe.directions`)
 
 
 class AtFrame(nn.Module):
@@ -105,6 +106,11 @@ class FlowTask:
         self.text = build_umt5(self.text_config).to(self.device, dtype)
         self.at_frame = AtFrame(self.variant.dit, self.latent_frames)
         self.dit.prepare.append(self.at_frame)
+        live = self.clips.latents.float().std((0, 2, 3, 4)) > DEAD
+        self.live = None if bool(live.all()) else live.to(self.device)
+        if self.live is not None:  # noise and nothing else comes in through the others
+            with torch.no_grad():
+                self.dit.patch_embedding.weight[:, : len(live)][:, ~self.live] = 0
         use_kernel(self.dit, "plain")
         for block in self.dit.blocks if self.recipe.compile else ():
             block.compile(dynamic=False)
@@ -150,7 +156,7 @@ class FlowTask:
     def batch(self, cache: LatentCache, indices: list[int], context: Tensor) -> FlowBatch:
         x0 = cache.latents[indices].to(self.device, torch.float32)
         y = None if cache.y is None else cache.y[indices].to(self.device, torch.float32)
-        return FlowBatch(x0, context, y)
+        return FlowBatch(x0, context, y, live=self.live)
 
     def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
         seed, rank = self.recipe.seed, self.ranks.rank

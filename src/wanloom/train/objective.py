@@ -34,18 +34,20 @@ def sample_sigmas(count: int, flow: Flow, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """x0 [B,C,F,h,w] normalised latents; the model's other inputs; which latent frames are given clean."""
+    """x0 [B,C,F,h,w] normalised latents; the model's other inputs; what of them is given clean, or means nothing."""
 
     x0: Tensor
     context: Tensor  # [B, L, text_dim]
     y: Tensor | None = None  # [B, Cy, F, h, w] I2V channel conditioning
     held: Tensor | None = None  # [B] bool: the first latent frame is given (TI2V)
+    live: Tensor | None = None  # [C] bool: the channels that carry anything, where some do not
 
 
 def flow_loss(forward: Callable[..., Tensor], batch: FlowBatch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared velocity error: (scalar, per-sample [B]).
 
-    With `held` samples the first latent frame is clean, its tokens get t = 0, and it is left out of the loss.
+    With `held` samples the first latent frame is clean, its tokens get t = 0, and it is left out of the loss.  Channels
+    that are not `live` are left out too: all there is to say of them is the noise that was put in.
     """
     s = sigma.view(-1, 1, 1, 1, 1)
     x = torch.lerp(batch.x0, noise, s)
@@ -61,6 +63,8 @@ def flow_loss(forward: Callable[..., Tensor], batch: FlowBatch, sigma: Tensor, n
         options["group"] = (torch.arange(x.shape[2], device=x.device) == 0).long()
     v = forward(x, t, batch.context, **options)
     error = (v.float() - target).square()
+    if batch.live is not None:
+        error = error[:, batch.live]
     if batch.held is None:
         each = error.mean((1, 2, 3, 4))
         return each.mean(), each
@@ -76,12 +80,20 @@ def soft_abs(x: Tensor, width: float = 0.02) -> Tensor:
 
 
 def vae_loss(
-    vae: CausalVae, video: Tensor, weights: VaeLoss, step: int, noise: Tensor
+    vae: CausalVae,
+    video: Tensor,
+    weights: VaeLoss,
+    step: int,
+    noise: Tensor,
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction and KL of a clip [B,3,F,H,W] in [-1, 1]; `noise` draws the posterior sample."""
+    """Reconstruction and KL of a clip [B,3,F,H,W] in [-1, 1]; `noise` draws the posterior sample.
+
+    project: what is kept of the latents, where that is not all.
+    """
     mu, logvar = vae.moments(video)
     mu, logvar = mu.float(), logvar.float().clamp(-20, 10)
-    z = mu + noise * (0.5 * logvar).exp()
+    z = (mu if project is None else project(mu)) + noise * (0.5 * logvar).exp()
     out = vae.render(z)
     difference = out - video
     l1, mse = soft_abs(difference).mean(), difference.square().mean()

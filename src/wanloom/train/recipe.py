@@ -118,6 +118,7 @@ class Recipe(Table):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the working copy; masters are float32
     compile: bool = False
     checkpointing: bool = False  # recompute blocks in the backward pass
+    directions: int | None = Field(default=None, ge=1)  # vae: principal directions of the latents to keep; None: all
     vae: str | None = None  # flow: the checkpoint directory whose VAE is used, frozen
     start: str | None = None  # a checkpoint directory that phases with init = "start:..." begin from
     data: Data = Data()

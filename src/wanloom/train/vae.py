@@ -7,6 +7,7 @@ two 1x1x1 convolutions (`conv1`, `conv2`), with the published statistics: nothin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class VaeTask:
             if isinstance(module, nn.Conv3d):  # a third faster in bf16 on a CPU
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.axes: Axes | None = None
 
     def start(self, expert: str) -> None:
         raise InputError("E4032", f"a VAE recipe cannot begin from '{expert}' of a checkpoint")
@@ -69,7 +71,14 @@ class VaeTask:
             len(video), self.vae.config.z, latents, side, side,
             generator=torch_stream(self.recipe.seed, NOISE, step, self.ranks.rank),
         )  # fmt: skip
-        return vae_loss(self.vae, video.to(self.device), phase.loss, step, noise.to(self.device))
+        project = self.principal().project if self.recipe.directions and "vae" not in phase.trains else None
+        return vae_loss(self.vae, video.to(self.device), phase.loss, step, noise.to(self.device), project)
+
+    def principal(self) -> Axes:
+        """The principal directions that are kept, for phases in which the latents no longer change."""
+        if self.axes is None:
+            self.axes = principal_axes(self.vae, self.recipe, self.size, self.frames)
+        return self.axes
 
     @torch.no_grad()
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
@@ -83,6 +92,8 @@ class VaeTask:
             pixels = render(clip, self.size, self.frames)
             video = to_video(pixels)[None].to(self.device)
             mu, _ = self.vae.moments(video)
+            if self.axes is not None:
+                mu = self.axes.project(mu)
             out = self.vae.render(mu)[0]
             std = mu.std((0, 2, 3, 4), keepdim=True)
             noise = torch.randn(mu.shape, generator=torch_stream(self.recipe.seed, NOISE, i))
@@ -105,31 +116,62 @@ class VaeTask:
         """Whiten and write `checkpoint/` (rank 0)."""
         if self.ranks.first:
             self.vae.float().cpu()
-            whiten(self.vae, self.recipe, self.size, self.frames, clips=min(192, self.recipe.data.clips))
+            whiten(self.vae, principal_axes(self.vae, self.recipe, self.size, self.frames))
             write_vae(self.vae, self.folder / "checkpoint")
 
 
+@dataclass(frozen=True)
+class Axes:
+    """Principal axes of un-normalised latents: their mean [z], variances [z] rising, axes [z, z] as columns, float64.
+
+    keep: how many of the strongest are kept.
+    """
+
+    mean: Tensor
+    values: Tensor
+    axes: Tensor
+    keep: int
+
+    def project(self, mu: Tensor) -> Tensor:
+        """Latents mu [B, z, T, h, w] without what they have in the weaker directions."""
+        strong = self.axes[:, len(self.values) - self.keep :]
+        matrix = (strong @ strong.T).to(mu)
+        mean = self.mean.to(mu)[:, None, None, None]
+        return torch.einsum("cd,bdthw->bcthw", matrix, mu - mean) + mean
+
+
 @torch.no_grad()
-def whiten(vae: CausalVae, recipe: Recipe, size: int, frames: int, clips: int) -> None:
-    """Write the whitening map of the latents into `conv1` and `conv2`; pixels do not change.
+def principal_axes(vae: CausalVae, recipe: Recipe, size: int, frames: int) -> Axes:
+    """The axes of the latents of up to 192 held-out clips.  With `recipe.directions` only so many are kept."""
+    samples = []
+    for i in range(min(192, recipe.data.clips)):
+        clip = sample_training_clip(recipe.seed, HELD_OUT, 100_000 + i, recipe.data)
+        mu, _ = vae.moments(to_video(render(clip, size, frames))[None].to(vae.conv1.weight.device))
+        samples.append(mu[0].flatten(1).double().cpu())
+    x = torch.cat(samples, 1)  # [z, N]
+    mean = x.mean(1)
+    centred = x - mean[:, None]
+    values, axes = torch.linalg.eigh(centred @ centred.T / x.shape[1])
+    return Axes(mean, values, axes, recipe.directions or len(values))
+
+
+@torch.no_grad()
+def whiten(vae: CausalVae, found: Axes) -> None:
+    """Write the whitening map of the latents into `conv1` and `conv2`; pixels change by what is not kept.
 
     With principal axes U and variances v of the un-normalised latents, the new latent is (v + FLOOR)^-1/2 U^T (mu - m),
-    and the published mean and std are folded in, so that `encode` gives it directly.
+    and the published mean and std are folded in, so that `encode` gives it directly.  Channels of directions that are
+    not kept become constant, and the decoder does not look at them.
     """
-    samples = []
-    for i in range(clips):
-        clip = sample_training_clip(recipe.seed, HELD_OUT, 100_000 + i, recipe.data)
-        mu, _ = vae.moments(to_video(render(clip, size, frames))[None])
-        samples.append(mu[0].flatten(1).double())
-    x = torch.cat(samples, 1)  # [z, N]
-    m = x.mean(1, keepdim=True)
-    values, axes = torch.linalg.eigh((x - m) @ (x - m).T / x.shape[1])
-    scale = (values + FLOOR).rsqrt()
+    m, axes = found.mean[:, None], found.axes
+    scale = (found.values + FLOOR).rsqrt()
+    kept = torch.arange(len(scale)) >= len(scale) - found.keep
+    scale, unscale = torch.where(kept, scale, 0), torch.where(kept, 1 / scale, 0)
     mean = torch.tensor(vae.config.mean, dtype=torch.float64)[:, None]
     std = torch.tensor(vae.config.std, dtype=torch.float64)[:, None]
     # mu' = std * W (mu - m) + mean with W = diag(scale) U^T; the decoder first undoes it.
     forward = std * (scale[:, None] * axes.T)  # [z, z]
-    backward = axes @ torch.diag(1 / scale) @ torch.diag(1 / std[:, 0])
+    backward = axes @ torch.diag(unscale) @ torch.diag(1 / std[:, 0])
     z = vae.config.z
     weight, bias = vae.conv1.weight, vae.conv1.bias
     assert bias is not None and vae.conv2.bias is not None
