@@ -257,7 +257,7 @@ DEMO_TI2V = replace(
     vae=replace(VAE_22, dim=16, decoder_dim=24, multipliers=(1, 1, 4, 4), blocks=1),
     conditioner="clean_frame",
     images=TI2V_5B.images,
-    defaults=replace(_DEMO_DEFAULTS, size=(128, 128), guidance=(3.0, 3.0)),
+    defaults=replace(_DEMO_DEFAULTS, size=(128, 128), guidance=(4.0, 4.0)),
     sizes=((128, 128),),
 )
 
