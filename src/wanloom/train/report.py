@@ -45,7 +45,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], path: Path, scale: int = 2) 
                 picture = Image.fromarray(clip[f]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
                 page.paste(picture, ((c * 5 + k) * cell[0], top + line))
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)  # a third of the bytes, and looks alike
+    page.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)  # a quarter of the bytes, and looks alike
 
 
 def plot(log: Path, picture: Path) -> None:
