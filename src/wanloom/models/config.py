@@ -25,6 +25,28 @@ STD_48 = (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeechConfig:
+    """Sizes of the parts that s2v adds to a transformer; the defaults are Wan2.2 s2v-14B."""
+
+    audio_dim: int = 1024  # width of the audio encoder's hidden states
+    audio_states: int = 25  # how many of them are mixed: the embedding and 24 layers
+    tokens: int = 4  # per latent frame from the sound; one learned token joins them
+    layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # blocks after which tokens hear
+    channels: int = 16  # of pose, reference and motion latents
+    history: int = 73  # pixel frames that a clip remembers of the one before
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateConfig:
+    """Sizes of the parts that animate adds to a transformer; the defaults are Wan2.2 animate-14B."""
+
+    layers: tuple[int, ...] = (0, 5, 10, 15, 20, 25, 30, 35)  # blocks after which tokens look at the face
+    face_dim: int = 1024  # width of the face encoder, for each of its tokens
+    tokens: int = 4  # per latent frame from the face; one learned token joins them
+    channels: int = 16  # of pose latents
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Sizes of the diffusion transformer; the defaults are Wan2.2 t2v-A14B (one expert)."""
 
@@ -41,6 +63,8 @@ class DiTConfig:
     eps: float = 1e-6
     image_dim: int | None = None  # 1280: CLIP image tokens beside the text (Wan2.1 i2v and flf2v)
     image_positions: int | None = None  # 514: learned positions of first and last frame tokens (flf2v)
+    speech: SpeechConfig | None = None  # the parts of s2v
+    animate: AnimateConfig | None = None  # the parts of animate
 
     @property
     def head_dim(self) -> int:
@@ -99,4 +123,20 @@ class ClipConfig:
     patch: int = 14
     image: int = 224
     projection: int = 1024
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """Sizes of the wav2vec2 encoder of s2v; the defaults are wav2vec2-large-xlsr-53."""
+
+    dim: int = 1024
+    ffn_dim: int = 4096
+    heads: int = 16
+    layers: int = 24
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    positions: int = 128  # width of the convolution that tells a token its place
+    groups: int = 16  # of that convolution
     eps: float = 1e-5

@@ -10,6 +10,9 @@ then the trunk of blocks (`layers.py`), then the head and back to latents.  Sour
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,8 +27,14 @@ def count(n: int, like: Tensor) -> Tensor:
     return like.new_ones(n, dtype=torch.float64).cumsum(0) - 1
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, like: Tensor) -> Tensor:
-    """cos and sin of every token of a grid (frames, rows, columns): [F*H*W, D/2, 2] in the dtype of `like`.
+def grid_positions(grid: tuple[int, int, int], like: Tensor) -> Tensor:
+    """Frame, row and column of every token of a grid (frames, rows, columns): [F*H*W, 3] float64."""
+    axes = [count(size, like) for size in grid]
+    return torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def rope_at(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """cos and sin of tokens at positions [L, 3] (frame, row, column; any sign): [L, D/2, 2].
 
     The D/2 pairs are dealt to the axes in that order; each axis turns its pair j of A/2 by position * 10000^(-2j/A).
     Computed in float64, because position times the first frequency is an angle of up to 1000 radians.
@@ -33,14 +42,16 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, like: Tensor) -> Tenso
     space = 2 * (head_dim // 6)
     widths = (head_dim - 2 * space, space, space)
     angles = []
-    for axis, (size, width) in enumerate(zip(grid, widths, strict=True)):
-        frequency = 10000.0 ** (-2 * count(width // 2, like) / width)
-        angle = count(size, like)[:, None] * frequency  # [size, A/2]
-        shape = [1, 1, 1, width // 2]
-        shape[axis] = size
-        angles.append(angle.view(shape).expand(*grid, -1))
-    angle = torch.cat(angles, -1).flatten(0, 2)  # [L, D/2]
-    return torch.stack((angle.cos(), angle.sin()), -1).to(like.dtype)
+    for axis, width in enumerate(widths):
+        frequency = 10000.0 ** (-2 * count(width // 2, positions) / width)
+        angles.append(positions[:, axis, None].double() * frequency)  # [L, A/2]
+    angle = torch.cat(angles, -1)  # [L, D/2]
+    return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, like: Tensor) -> Tensor:
+    """`rope_at` of every token of a grid: [F*H*W, D/2, 2] in the dtype of `like`."""
+    return rope_at(grid_positions(grid, like), head_dim, like.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -114,7 +125,8 @@ class DiT(nn.Module):
         self.head = Head(dim, config.out_channels * patch[0] * patch[1] * patch[2], config.eps)
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_positions)
-        self.prepare = nn.ModuleList()  # parts of adapters: (x, scene) -> (x, scene), on the whole sequence
+        # Parts of adapters: (x, scene) -> (x, scene), on the whole sequence.  One may also have `once`: see there.
+        self.prepare = nn.ModuleList()
         self.trunk: nn.Module = Trunk(self.blocks)
 
     @property
@@ -131,12 +143,14 @@ class DiT(nn.Module):
         group: Tensor | None = None,
         y: Tensor | None = None,
         image: Tensor | None = None,
+        parts: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predict the velocity noise - x0, [B, out, F, H, W] float32, of noisy latents x [B, in - Cy, F, H, W].
 
         t [B, G] holds the distinct timesteps in [0, 1000] and group [F] (long) says which column each latent frame
         uses; without it all use the first.  context [B, <= text_len, text_dim] is padded with zeros, and the padding
         is read.  y [B, Cy, F, H, W] are conditioning channels, image [B, 257 or 514, 1280] picture features.
+        parts: what the parts of adapters read, by the names they gave it (see `once`).
         Raises ValueError for shapes that do not fit this model.
         """
         self._check(x, t, context, y, image)
@@ -155,12 +169,27 @@ class DiT(nn.Module):
             mod=mod,
             context=self.embed_context(context),
             image=None if image is None else self.img_emb(image.to(self.dtype)),
+            shared=dict(parts or {}),
         )
         length = tokens.shape[1]
         for part in self.prepare:
             tokens, scene = part(tokens, scene)
         tokens = self.trunk(tokens, scene)[:, :length]
         return self.unpatchify(self.head(tokens, time, scene.group[:length]), grid)
+
+    def once(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The keywords of `forward` from what a conditioner gives: x and t aside, everything a clip needs.
+
+        Adapters compute here what is the same in all steps of a clip - audio tokens, say, from audio features - and put
+        it under `parts`.  What they do not take is passed on as it is.
+        """
+        given: dict[str, Any] = dict(inputs)
+        parts: dict[str, Tensor] = {}
+        for part in self.prepare:
+            once = getattr(part, "once", None)
+            if once is not None:
+                parts |= once(self, given)
+        return {**given, "parts": parts} if parts else given
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """[B, in, F, H, W] -> tokens [B, L, C] float32 in the order frame, row, column, and the grid of patches."""
