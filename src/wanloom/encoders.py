@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.errors import InputError
-from wanloom.models.config import ClipConfig, TextConfig
+from wanloom.models.config import AudioConfig, ClipConfig, TextConfig
 
 EOS = "</s>"
 PAD_ID = 0
@@ -208,3 +208,49 @@ def encode_image(model: Any, images: Tensor) -> Tensor:
     for layer in layers[:-1]:
         x = layer(x, None)
     return x
+
+
+# ---------------------------------------------------------------- sound
+
+
+def build_wav2vec2(config: AudioConfig) -> Any:
+    """transformers' Wav2Vec2Model in these sizes, in eval mode.  Build it on the meta device."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    model: Any = Wav2Vec2Model(
+        Wav2Vec2Config(
+            hidden_size=config.dim,
+            intermediate_size=config.ffn_dim,
+            num_attention_heads=config.heads,
+            num_hidden_layers=config.layers,
+            conv_dim=list(config.conv_dim),
+            conv_kernel=list(config.conv_kernel),
+            conv_stride=list(config.conv_stride),
+            num_conv_pos_embeddings=config.positions,
+            num_conv_pos_embedding_groups=config.groups,
+            layer_norm_eps=config.eps,
+            conv_bias=True,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            mask_time_prob=0.0,  # no masking, hence no embedding for what is masked
+            mask_feature_prob=0.0,
+        )
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def encode_audio(model: Any, wave: Tensor, *, last_normed: bool = True) -> Tensor:
+    """A mono wave [n] at 16 kHz -> all hidden states [layers + 1, T, dim] at about 50 a second.
+
+    The wave is brought to zero mean and unit variance first, as the published processor does.  The first state is what
+    enters the first layer.  The final norm is applied to the last one alone, as transformers 4 did, with which s2v was
+    trained; transformers 5 leaves it out of the states (last_normed=False), and so did who ran the reference with it.
+    """
+    wave = (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + 1e-7)
+    before: list[Tensor] = []
+    handle = model.encoder.layer_norm.register_forward_pre_hook(lambda module, given: before.append(given[0]))
+    out = model(wave[None].to(model.encoder.layer_norm.weight), output_hidden_states=True)
+    handle.remove()
+    states: tuple[Tensor, ...] = out.hidden_states
+    return torch.cat((*states[:-1], out.last_hidden_state if last_normed else before[0]))

@@ -95,6 +95,6 @@ def test_a_published_directory_is_surveyed_in_a_moment_without_torch(tmp_path: P
 
 
 def test_manifests_are_listed_and_others_refused() -> None:
-    assert len(MANIFESTS) == 11
+    assert len(MANIFESTS) == 13
     with pytest.raises(InputError, match=r"wan2\.2-t2v-a14b-dit"):
         manifest("wan2.2-t2v-a14b")

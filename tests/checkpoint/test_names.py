@@ -10,8 +10,18 @@ import pytest
 import torch
 
 from wanloom.checkpoint.names import FORMATS, OPERATIONS, Format, by_official_name, format_of, get_format
-from wanloom.checkpoint.shapes import clip_shapes, dit_shapes, text_shapes, vae_shapes
-from wanloom.models.config import VAE_21, VAE_22, ClipConfig, TextConfig, VaeConfig
+from wanloom.checkpoint.shapes import audio_shapes, clip_shapes, dit_shapes, text_shapes, vae_shapes
+from wanloom.models.config import (
+    VAE_21,
+    VAE_22,
+    AnimateConfig,
+    AudioConfig,
+    ClipConfig,
+    DiTConfig,
+    SpeechConfig,
+    TextConfig,
+    VaeConfig,
+)
 from wanloom.variants import VARIANTS
 from weight_files import SMALL_CLIP, SMALL_DIT, SMALL_TEXT, SMALL_VAE, values_for
 
@@ -118,10 +128,12 @@ def test_vae_names_are_those_of_diffusers(config: VaeConfig) -> None:
 
 
 def test_encoder_names_are_those_of_transformers() -> None:
-    from wanloom.encoders import build_clip, build_umt5
+    from wanloom.encoders import build_clip, build_umt5, build_wav2vec2
 
     with torch.device("meta"):
         text, clip = build_umt5(TextConfig(layers=2)), build_clip(ClipConfig(layers=2))
+        audio = build_wav2vec2(AudioConfig(layers=2))
+    assert audio_shapes(AudioConfig(layers=2)) == {k: tuple(v.shape) for k, v in audio.state_dict().items()}
     mine = renamed(text_shapes(TextConfig(layers=2)), get_format("text", "transformers"))
     assert mine == {key: tuple(value.shape) for key, value in text.state_dict().items()}
     mine = renamed(clip_shapes(ClipConfig(layers=2)), get_format("clip", "transformers"))
@@ -137,6 +149,8 @@ MANIFESTS = {
     "wan2.1-t2v-14b-dit": dit_shapes(VARIANTS["t2v-14B"].dit),
     "wan2.1-i2v-14b-dit": dit_shapes(VARIANTS["i2v-14B"].dit),
     "wan2.1-flf2v-14b-dit": dit_shapes(VARIANTS["flf2v-14B"].dit),
+    "wan2.2-s2v-14b-dit": dit_shapes(DiTConfig(speech=SpeechConfig())),
+    "wan2.2-animate-14b-dit": dit_shapes(DiTConfig(in_channels=36, image_dim=1280, animate=AnimateConfig())),
     "wan2.1-vae": vae_shapes(VAE_21),
     "wan2.2-vae": vae_shapes(VAE_22),
     "umt5-xxl-encoder": text_shapes(TextConfig()),

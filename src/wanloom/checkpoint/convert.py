@@ -30,7 +30,7 @@ from wanloom.checkpoint.weights import CONFIG, EXPERT, REVISION, Source, Weights
 from wanloom.checkpoint.write import NAMES, SHARD, Item, dtype_named, write_model
 from wanloom.durable import write_atomic
 from wanloom.errors import InputError, did_you_mean
-from wanloom.models.config import ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import AudioConfig, ClipConfig, DiTConfig, TextConfig, VaeConfig
 
 if TYPE_CHECKING:
     import torch
@@ -157,8 +157,10 @@ class _Job:
     def part(
         self, weights: Weights, *, expert: str = "model", name: str = "wan", tokenizer: Path | None = None
     ) -> None:
-        """One model of any kind."""
+        """One model of any kind but wav2vec2, which has one layout.  Error: E4016."""
         config = config_of(weights)
+        if isinstance(config, AudioConfig):
+            raise InputError("E4016", f"{weights.where}: wav2vec2 has one layout only; copy its directory.")
         manifest.verify(header.path for header in weights.headers)
         origins = {official: _origin(source) for official, source in weights.tensors.items()}
         extra = _spiece(tokenizer) if self.to == "comfy" and weights.kind == "text" else []
@@ -178,6 +180,7 @@ class _Job:
             origins[official] = Origin(tuple(whole.shape), whole.dtype, sample, partial(_itself, whole))
         shapes = {name: origin.shape for name, origin in origins.items()}
         known = config_from(named[0].kind, self.dst, shapes, config)
+        assert not isinstance(known, AudioConfig)
         self._write(named[0].kind, origins, known, expert=expert)
 
     def _write(

@@ -20,13 +20,22 @@ from typing import Any
 
 from wanloom.checkpoint.documents import check_keys, parse_json, read_json
 from wanloom.checkpoint.names import OPTIONAL
-from wanloom.checkpoint.shapes import Shape, clip_shapes, dit_shapes, text_shapes, vae_shapes
+from wanloom.checkpoint.shapes import Shape, audio_shapes, clip_shapes, dit_shapes, text_shapes, vae_shapes
 from wanloom.checkpoint.weights import CONFIG, KINDS, Weights, few
 from wanloom.errors import InputError, WanloomWarning
-from wanloom.models.config import VAE_21, VAE_22, ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import (
+    VAE_21,
+    VAE_22,
+    AudioConfig,
+    ClipConfig,
+    DiTConfig,
+    SpeechConfig,
+    TextConfig,
+    VaeConfig,
+)
 from wanloom.variants import VARIANTS, Variant
 
-Config = DiTConfig | VaeConfig | TextConfig | ClipConfig
+Config = DiTConfig | VaeConfig | TextConfig | ClipConfig | AudioConfig
 
 # No released model exceeds a tenth of these; they keep a forged config from asking for all memory (B087).
 MAX_LAYERS = 1000
@@ -52,6 +61,12 @@ DIT_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "in_channels": (_INT, "in_channels"), "out_channels": (_INT, "out_channels"),
     "image_dim": ((int, type(None)), "image_dim"), "added_kv_proj_dim": ((int, type(None)), ""),
     "rope_max_seq_len": (_INT, ""), "pos_embed_seq_len": ((int, type(None)), "image_positions"),
+    # s2v
+    "audio_inject_layers": (_LIST, "audio_layers"), "audio_dim": (_INT, ""), "cond_dim": (_INT, ""),
+    "num_audio_token": (_INT, ""), "motion_token_num": (_INT, ""), "zero_init": (_BOOL, ""),
+    "enable_adain": (_BOOL, ""), "adain_mode": (_STR, ""), "add_last_motion": (_BOOL, ""),
+    "enable_framepack": (_BOOL, ""), "framepack_drop_mode": (_STR, ""), "enable_motioner": (_BOOL, ""),
+    "enable_tsm": (_BOOL, ""), "trainable_token_pos_emb": (_BOOL, ""), "zero_timestep": (_BOOL, ""),
 }  # fmt: skip
 VAE_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "base_dim": (_INT, "dim"), "decoder_base_dim": ((int, type(None)), ""), "z_dim": (_INT, "z"),
@@ -79,21 +94,53 @@ CLIP_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "num_channels": (_INT, ""), "attention_dropout": (_NUM, ""), "dropout": (_NUM, ""),
     "initializer_factor": (_NUM, ""), "initializer_range": (_NUM, ""),
 }  # fmt: skip
-KEYS = {"dit": DIT_KEYS, "vae": VAE_KEYS, "text": TEXT_KEYS, "clip": CLIP_KEYS}
+AUDIO_IDLE = (
+    "activation_dropout", "adapter_attn_dim", "adapter_kernel_size", "adapter_stride", "apply_spec_augment",
+    "attention_dropout", "bos_token_id", "classifier_proj_size", "codevector_dim", "contrastive_logits_temperature",
+    "ctc_loss_reduction", "ctc_zero_infinity", "diversity_loss_weight", "eos_token_id", "feat_extract_dropout",
+    "feat_proj_dropout", "feat_quantizer_dropout", "final_dropout", "gradient_checkpointing", "hidden_dropout",
+    "hidden_dropout_prob", "initializer_range", "layerdrop", "mask_channel_length", "mask_channel_min_space",
+    "mask_channel_other", "mask_channel_prob", "mask_channel_selection", "mask_feature_length",
+    "mask_feature_min_masks", "mask_feature_prob", "mask_time_length", "mask_time_min_masks", "mask_time_min_space",
+    "mask_time_other", "mask_time_prob", "mask_time_selection", "num_adapter_layers", "num_codevector_groups",
+    "num_codevectors_per_group", "num_feat_extract_layers", "num_negatives", "output_hidden_size", "pad_token_id",
+    "proj_codevector_dim", "tdnn_dilation", "tdnn_dim", "tdnn_kernel", "use_weighted_layer_sum", "vocab_size",
+    "xvector_output_dim",
+)  # fmt: skip
+AUDIO_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
+    "hidden_size": (_INT, "dim"), "intermediate_size": (_INT, "ffn_dim"), "num_attention_heads": (_INT, "heads"),
+    "num_hidden_layers": (_INT, "layers"), "conv_dim": (_LIST, "conv_dim"), "conv_kernel": (_LIST, "conv_kernel"),
+    "conv_stride": (_LIST, "conv_stride"), "num_conv_pos_embeddings": (_INT, "positions"),
+    "num_conv_pos_embedding_groups": (_INT, "groups"), "layer_norm_eps": (_NUM, "eps"),
+    "do_stable_layer_norm": (_BOOL, ""), "feat_extract_norm": (_STR, ""), "feat_extract_activation": (_STR, ""),
+    "hidden_act": (_STR, ""), "conv_bias": (_BOOL, ""), "add_adapter": (_BOOL, ""),
+    **dict.fromkeys(AUDIO_IDLE, (_ANY, "")),
+}  # fmt: skip
+KEYS = {"dit": DIT_KEYS, "vae": VAE_KEYS, "text": TEXT_KEYS, "clip": CLIP_KEYS, "audio": AUDIO_KEYS}
 # Fields that shapes decide as well; config.json may repeat them, not change them.
 FREE = {
-    "dit": ("eps", "heads", "text_len"),
+    "dit": ("eps", "heads", "text_len", "audio_layers"),
     "vae": ("mean", "std"),
     "text": ("eps", "max_distance"),
     "clip": ("eps", "heads"),
+    "audio": ("eps", "heads", "conv_stride"),
 }
 # Forms that we do not build: key -> the only values with a meaning here.
 FIXED: dict[str, dict[str, tuple[object, ...]]] = {
-    "dit": {"qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,), "window_size": ([-1, -1],)},
+    "dit": {
+        "qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,), "window_size": ([-1, -1],),
+        "enable_adain": (True,), "adain_mode": ("attn_norm",), "add_last_motion": (True,), "enable_framepack": (True,),
+        "framepack_drop_mode": ("padd",), "enable_motioner": (False,), "enable_tsm": (False,),
+        "trainable_token_pos_emb": (False,), "zero_timestep": (True,),
+    },
     "vae": {"attn_scales": ([],), "dropout": (0, 0.0)},
     "text": {"feed_forward_proj": ("gated-gelu",), "dense_act_fn": ("gelu_new",)},
     "clip": {"hidden_act": ("gelu",), "num_channels": (3,)},
-}
+    "audio": {
+        "hidden_act": ("gelu",), "feat_extract_activation": ("gelu",), "feat_extract_norm": ("layer",),
+        "do_stable_layer_norm": (True,), "conv_bias": (True,), "add_adapter": (False,),
+    },
+}  # fmt: skip
 
 
 def given_sizes(weights: Weights) -> dict[str, Any]:
@@ -127,7 +174,7 @@ def read_config(file: Path, document: object, kind: str) -> dict[str, Any]:
             out[name] = tuple(value) if isinstance(value, list) else value
     check_sizes(file, out)
     dim, heads = out.get("dim"), out.get("heads")
-    if kind in ("dit", "clip") and dim and heads and dim % heads:
+    if kind in ("dit", "clip", "audio") and dim and heads and dim % heads:
         raise InputError("E4023", f"{file}: dim {dim} cannot be shared by {heads} heads.")
     return out
 
@@ -137,8 +184,9 @@ def check_sizes(file: Path, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         limit = MAX_LAYERS if name == "layers" else MAX_WIDTH
         for number in value if isinstance(value, tuple) else (value,):
-            if type(number) is int and name != "temporal" and not 1 <= number <= limit:
-                raise InputError("E4023", f"{file}: {name} is {number:.6g}, expected 1 to {limit}.")
+            least = 0 if name == "audio_layers" else 1
+            if type(number) is int and name != "temporal" and not least <= number <= limit:
+                raise InputError("E4023", f"{file}: {name} is {number:.6g}, expected {least} to {limit}.")
             if name in ("eps", "std") and not (isinstance(number, int | float) and number > 0):
                 raise InputError("E4023", f"{file}: {name} is {number!r}, expected a positive number.")
 
@@ -250,6 +298,30 @@ def _dit(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> DiTConfig:
         eps=given.get("eps", DiTConfig.eps),
         image_dim=image[1] if image else None,
         image_positions=positions[1] if positions else None,
+        speech=_speech(shapes, given),
+    )
+
+
+def _speech(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> SpeechConfig | None:
+    """The parts of s2v, where a transformer has them; after which blocks it hears stands in config.json alone."""
+    local = shapes.get("casual_audio_encoder.encoder.conv1_local.conv.weight")
+    if local is None:
+        return None
+    hears = _count(shapes, "audio_injector.injector.{}.q.weight")
+    layers = tuple(given.get("audio_layers", SpeechConfig.layers))
+    blocks = _count(shapes, "blocks.{}.modulation")
+    if len(layers) != hears or len({layer for layer in layers if layer in range(blocks)}) != hears:
+        raise InputError(
+            "E4021",
+            f"{hears} of {blocks} blocks hear, audio_inject_layers is {_plain(layers)}. Put the list in a config.json.",
+        )
+    quarter = shapes["casual_audio_encoder.encoder.conv1_global.conv.weight"][0]
+    return SpeechConfig(
+        audio_dim=local[1],
+        audio_states=shapes["casual_audio_encoder.weights"][1],
+        tokens=local[0] // quarter,
+        layers=layers,
+        channels=shapes["cond_encoder.weight"][1],
     )
 
 
@@ -347,6 +419,31 @@ def _clip(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> ClipConfig:
     )
 
 
+def _audio(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> AudioConfig:
+    count = _count(shapes, "feature_extractor.conv_layers.{}.conv.weight")
+    convs = [shapes[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(count)]
+    dim, per_group, positions = shapes["encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
+    head_width = AudioConfig.dim // AudioConfig.heads
+    heads = given.get("heads") or (dim // head_width if dim % head_width == 0 else 0)
+    strides = tuple(given.get("conv_stride", AudioConfig.conv_stride))
+    if heads < 1 or dim % heads:
+        raise InputError("E4023", f"the heads of width {dim} cannot be told. Put num_attention_heads in a config.json.")
+    if len(strides) != count:
+        raise InputError("E4021", f"conv_stride has {len(strides)} numbers, there are {count} convolutions.")
+    return AudioConfig(
+        dim=dim,
+        ffn_dim=shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
+        heads=heads,
+        layers=_count(shapes, "encoder.layers.{}.attention.q_proj.weight"),
+        conv_dim=tuple(shape[0] for shape in convs),
+        conv_kernel=tuple(shape[2] for shape in convs),
+        conv_stride=strides,
+        positions=positions,
+        groups=dim // per_group,
+        eps=given.get("eps", AudioConfig.eps),
+    )
+
+
 READERS: dict[
     str, tuple[Callable[[Mapping[str, Shape], Mapping[str, Any]], Any], Callable[[Any], dict[str, Shape]]]
 ] = {
@@ -354,6 +451,7 @@ READERS: dict[
     "vae": (_vae, vae_shapes),
     "text": (_text, text_shapes),
     "clip": (_clip, clip_shapes),
+    "audio": (_audio, audio_shapes),
 }
 
 # Parts that other members of the family add to the transformer: a piece of a tensor's name -> who that is.

@@ -18,7 +18,16 @@ from wanloom.checkpoint.names import OPERATIONS, by_official_name, format_of
 from wanloom.checkpoint.shapes import clip_shapes
 from wanloom.checkpoint.weights import EXPERT, KINDS, Weights, open_weights
 from wanloom.errors import InputError, did_you_mean
-from wanloom.models.config import VAE_21, VAE_22, ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import (
+    VAE_21,
+    VAE_22,
+    AnimateConfig,
+    ClipConfig,
+    DiTConfig,
+    SpeechConfig,
+    TextConfig,
+    VaeConfig,
+)
 from wanloom.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -151,6 +160,7 @@ ABOUT: dict[str, Callable[[Any], str]] = {
     "vae": lambda config: f"Wan{'2.2' if config.residual else '2.1'} VAE, {config.z} latent channels",
     "text": lambda config: f"UMT5 encoder of {config.layers} layers, width {config.dim}, {config.vocab} tokens",
     "clip": lambda config: f"CLIP image encoder of {config.layers} layers, width {config.dim}",
+    "audio": lambda config: f"wav2vec2 audio encoder of {config.layers} layers, width {config.dim}",
 }
 
 
@@ -179,6 +189,8 @@ MANIFESTS: dict[str, tuple[str, DiTConfig | VaeConfig | TextConfig | ClipConfig]
     "wan2.1-t2v-14b-dit": ("dit", VARIANTS["t2v-14B"].dit),
     "wan2.1-i2v-14b-dit": ("dit", VARIANTS["i2v-14B"].dit),
     "wan2.1-flf2v-14b-dit": ("dit", VARIANTS["flf2v-14B"].dit),
+    "wan2.2-s2v-14b-dit": ("dit", DiTConfig(speech=SpeechConfig())),
+    "wan2.2-animate-14b-dit": ("dit", DiTConfig(in_channels=36, image_dim=1280, animate=AnimateConfig())),
     "wan2.1-vae": ("vae", VAE_21),
     "wan2.2-vae": ("vae", VAE_22),
     "umt5-xxl-encoder": ("text", TextConfig()),
@@ -212,12 +224,12 @@ def _module(config: DiTConfig | VaeConfig | TextConfig | ClipConfig) -> nn.Modul
     import torch
 
     from wanloom.encoders import build_clip, build_umt5
-    from wanloom.models.dit import DiT
+    from wanloom.models.adapters import build_dit
     from wanloom.models.vae import CausalVae
 
     with torch.device("meta"):
         if isinstance(config, DiTConfig):
-            return DiT(config)
+            return build_dit(config)
         if isinstance(config, VaeConfig):
             return CausalVae(config)
         module: nn.Module = build_umt5(config) if isinstance(config, TextConfig) else build_clip(config)

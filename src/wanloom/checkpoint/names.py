@@ -121,7 +121,7 @@ def _fill(template: str, match: re.Match[str]) -> str:
 class Format:
     """One project's names of one kind of model."""
 
-    kind: str  # dit, vae, text, clip
+    kind: str  # dit, vae, text, clip, audio
     name: str  # official, diffusers, transformers
     telling: tuple[str, ...]  # names that together only this format has, behind one of the prefixes
     rules: tuple[Rule, ...] = ()  # none: the names are the official ones
@@ -334,6 +334,15 @@ FORMATS = (
         "clip", "transformers", ("embeddings.class_embedding", "embeddings.patch_embedding.weight"),
         CLIP_TRANSFORMERS, prefixes=("", "vision_model."),
         ignored=(*_MARKS, r"embeddings\.position_ids", r"text_model\..*", "logit_scale", r"text_projection\.weight"),
+    ),
+    # The older files call the two halves of the normalised convolution g and v; a CTC model has a head besides.
+    Format(
+        "audio", "official", ("feature_extractor.conv_layers.0.conv.weight", "feature_projection.projection.weight"),
+        prefixes=("", "wav2vec2."), ignored=(*_MARKS, r"lm_head\..*", "masked_spec_embed"),
+        aliases=(
+            ("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "encoder.pos_conv_embed.conv.weight_g"),
+            ("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.pos_conv_embed.conv.weight_v"),
+        ),
     ),
 )  # fmt: skip
 

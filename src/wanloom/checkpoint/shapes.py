@@ -8,8 +8,9 @@ and against the published manifests.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
-from wanloom.models.config import ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import AnimateConfig, AudioConfig, ClipConfig, DiTConfig, SpeechConfig, TextConfig, VaeConfig
 
 Shape = tuple[int, ...]
 
@@ -34,6 +35,10 @@ def dit_shapes(config: DiTConfig) -> dict[str, Shape]:
         out |= _linear("img_emb.proj.3", image, dim) | _norm("img_emb.proj.4", dim)
         if config.image_positions is not None:
             out["img_emb.emb_pos"] = (1, config.image_positions, image)
+    if config.speech is not None:
+        out |= _speech(config, config.speech)
+    if config.animate is not None:
+        out |= _animate(config, config.animate)
     return out
 
 
@@ -49,6 +54,80 @@ def _block(name: str, config: DiTConfig) -> dict[str, Shape]:
         out |= _linear(f"{name}.cross_attn.k_img", dim, dim) | _linear(f"{name}.cross_attn.v_img", dim, dim)
         out[f"{name}.cross_attn.norm_k_img.weight"] = (dim,)
     return out | _linear(f"{name}.ffn.0", dim, config.ffn_dim) | _linear(f"{name}.ffn.2", config.ffn_dim, dim)
+
+
+def _speech(config: DiTConfig, speech: SpeechConfig) -> dict[str, Shape]:
+    """What s2v adds: `cond_encoder`, `casual_audio_encoder`, `audio_injector`, `frame_packer`, kinds of tokens."""
+    dim, patch = config.dim, config.patch
+    encoder = "casual_audio_encoder.encoder"
+    out: dict[str, Shape] = {
+        "cond_encoder.weight": (dim, speech.channels, *patch),
+        "cond_encoder.bias": (dim,),
+        "casual_audio_encoder.weights": (1, speech.audio_states, 1, 1),
+        f"{encoder}.padding_tokens": (1, 1, 1, dim),
+        "trainable_cond_mask.weight": (3, dim),
+    }
+    for name, inputs, outputs in (
+        ("conv1_local", speech.audio_dim, speech.tokens * (dim // 4)),
+        ("conv1_global", speech.audio_dim, dim // 4),
+        ("conv2", dim // 4, dim // 2),
+        ("conv3", dim // 2, dim),
+    ):
+        out |= {f"{encoder}.{name}.conv.weight": (outputs, inputs, 3), f"{encoder}.{name}.conv.bias": (outputs,)}
+    out |= _linear(f"{encoder}.final_linear", dim, dim)
+    for i in range(len(speech.layers)):
+        name = f"audio_injector.injector.{i}"
+        for part in "qkvo":
+            out |= _linear(f"{name}.{part}", dim, dim)
+        out |= {f"{name}.norm_q.weight": (dim,), f"{name}.norm_k.weight": (dim,)}
+        out |= _linear(f"audio_injector.injector_adain_layers.{i}.linear", dim, 2 * dim)
+    for name, kernel in (("proj", (1, 2, 2)), ("proj_2x", (2, 4, 4)), ("proj_4x", (4, 8, 8))):
+        out[f"frame_packer.{name}.weight"] = (dim, speech.channels, *kernel)
+        out[f"frame_packer.{name}.bias"] = (dim,)
+    return out
+
+
+MOTION, DIRECTIONS = 512, 20  # of animate's motion encoder, whose sizes are fixed
+MOTION_WIDTHS = (32, 64, 128, 256, 512, 512, 512, 512)
+
+
+def _animate(config: DiTConfig, animate: AnimateConfig) -> dict[str, Shape]:
+    """What animate adds: `pose_patch_embedding`, `motion_encoder`, `face_encoder`, `face_adapter`."""
+    dim, face, width = config.dim, animate.face_dim, config.head_dim
+    out: dict[str, Shape] = {
+        "pose_patch_embedding.weight": (dim, animate.channels, *config.patch),
+        "pose_patch_embedding.bias": (dim,),
+        "motion_encoder.dec.direction.weight": (MOTION, DIRECTIONS),
+        "face_encoder.padding_tokens": (1, 1, 1, dim),
+    }
+    convs = "motion_encoder.enc.net_app.convs"
+    out |= {f"{convs}.0.0.weight": (MOTION_WIDTHS[0], 3, 1, 1), f"{convs}.0.1.bias": (1, MOTION_WIDTHS[0], 1, 1)}
+    for i, (inputs, outputs) in enumerate(pairwise(MOTION_WIDTHS), start=1):
+        out |= {
+            f"{convs}.{i}.conv1.0.weight": (inputs, inputs, 3, 3),
+            f"{convs}.{i}.conv1.1.bias": (1, inputs, 1, 1),
+            f"{convs}.{i}.conv2.0.kernel": (4, 4),
+            f"{convs}.{i}.conv2.1.weight": (outputs, inputs, 3, 3),
+            f"{convs}.{i}.conv2.2.bias": (1, outputs, 1, 1),
+            f"{convs}.{i}.skip.0.kernel": (4, 4),
+            f"{convs}.{i}.skip.1.weight": (outputs, inputs, 1, 1),
+        }
+    out[f"{convs}.{len(MOTION_WIDTHS)}.weight"] = (MOTION, MOTION_WIDTHS[-1], 4, 4)
+    for i in range(5):
+        out |= _linear(f"motion_encoder.enc.fc.{i}", MOTION, DIRECTIONS if i == 4 else MOTION)
+    for name, inputs, outputs in (
+        ("conv1_local", MOTION, animate.tokens * face),
+        ("conv2", face, face),
+        ("conv3", face, face),
+    ):
+        out |= {f"face_encoder.{name}.conv.weight": (outputs, inputs, 3), f"face_encoder.{name}.conv.bias": (outputs,)}
+    out |= _linear("face_encoder.out_proj", face, dim)
+    for i in range(len(animate.layers)):
+        name = f"face_adapter.fuser_blocks.{i}"
+        out |= _linear(f"{name}.linear1_kv", dim, 2 * dim) | _linear(f"{name}.linear1_q", dim, dim)
+        out |= _linear(f"{name}.linear2", dim, dim)
+        out |= {f"{name}.q_norm.weight": (width,), f"{name}.k_norm.weight": (width,)}
+    return out
 
 
 def vae_shapes(config: VaeConfig) -> dict[str, Shape]:
@@ -145,6 +224,34 @@ def clip_shapes(config: ClipConfig) -> dict[str, Shape]:
         out |= _norm(f"{name}.norm1", dim) | _norm(f"{name}.norm2", dim)
         out |= _linear(f"{name}.attn.to_qkv", dim, 3 * dim) | _linear(f"{name}.attn.proj", dim, dim)
         out |= _linear(f"{name}.mlp.0", dim, config.ffn_dim) | _linear(f"{name}.mlp.2", config.ffn_dim, dim)
+    return out
+
+
+def audio_shapes(config: AudioConfig) -> dict[str, Shape]:
+    """The wav2vec2 encoder of s2v, as transformers calls its tensors."""
+    dim, wide, conv = config.dim, config.ffn_dim, "feature_extractor.conv_layers"
+    out: dict[str, Shape] = {}
+    for i, (inputs, outputs, kernel) in enumerate(
+        zip((1, *config.conv_dim), config.conv_dim, config.conv_kernel, strict=False)
+    ):
+        out |= {f"{conv}.{i}.conv.weight": (outputs, inputs, kernel), f"{conv}.{i}.conv.bias": (outputs,)}
+        out |= _norm(f"{conv}.{i}.layer_norm", outputs)
+    out |= _norm("feature_projection.layer_norm", config.conv_dim[-1])
+    out |= _linear("feature_projection.projection", config.conv_dim[-1], dim)
+    place = "encoder.pos_conv_embed.conv"
+    out |= {
+        f"{place}.bias": (dim,),
+        f"{place}.parametrizations.weight.original0": (1, 1, config.positions),
+        f"{place}.parametrizations.weight.original1": (dim, dim // config.groups, config.positions),
+    }
+    out |= _norm("encoder.layer_norm", dim)
+    for i in range(config.layers):
+        name = f"encoder.layers.{i}"
+        for part in ("q", "k", "v", "out"):
+            out |= _linear(f"{name}.attention.{part}_proj", dim, dim)
+        out |= _norm(f"{name}.layer_norm", dim) | _norm(f"{name}.final_layer_norm", dim)
+        out |= _linear(f"{name}.feed_forward.intermediate_dense", dim, wide)
+        out |= _linear(f"{name}.feed_forward.output_dense", wide, dim)
     return out
 
 

@@ -32,7 +32,10 @@ EXPERT = "wanloom.expert"
 REVISION = "wanloom.revision"
 CONFIG = "wanloom.config"  # JSON of what tensor shapes do not tell: heads, text length
 
-KINDS = {"dit": "transformer", "vae": "VAE", "text": "text encoder", "clip": "CLIP image encoder"}
+KINDS = {
+    "dit": "transformer", "vae": "VAE", "text": "text encoder", "clip": "CLIP image encoder",
+    "audio": "wav2vec2 audio encoder",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def plain_name(name: str) -> bool:
 def open_weights(path: Path, *, kind: str | None = None, pickles: bool = False) -> Weights:
     """The weights at `path`: a `.safetensors` or `.pth` file, an index, or a directory with one model in it.
 
-    `kind` (dit, vae, text, clip) refuses other models by name; `pickles` admits those that only `convert` reads.
+    `kind` (dit, vae, text, clip, audio) refuses other models by name; `pickles` admits those that only `convert` reads.
     Errors: see the module.
     """
     path = Path(path)
