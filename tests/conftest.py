@@ -29,13 +29,13 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_models(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the golden checkpoints Wan2.2-T2V-A14B, -I2V-A14B and -TI2V-5B; not to be changed."""
+    """The folder of the golden checkpoints Wan2.2-T2V-A14B, -I2V-A14B, -TI2V-5B and -S2V-14B; not to be changed."""
     spec = importlib.util.spec_from_file_location("materialize", golden / "materialize.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("golden")
-    for name in ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"):
+    for name in ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B", "Wan2.2-S2V-14B"):
         module.materialize(folder, name)
     return folder
 

@@ -6,7 +6,6 @@ the second.  The reference was run with transformers 5, whose last hidden state 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import wave as wavefile
 from pathlib import Path
@@ -40,14 +39,9 @@ NEGATIVE = (
 FPS, SIDE, HISTORY = 16, 128, 73
 
 
-@pytest.fixture(scope="module")
-def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("materialize", golden / "materialize.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made: list[Path] = module.materialize(tmp_path_factory.mktemp("s2v"), "Wan2.2-S2V-14B")
-    return made[0]
+@pytest.fixture
+def checkpoint(golden_models: Path) -> Path:
+    return golden_models / "Wan2.2-S2V-14B"
 
 
 def ready(module: nn.Module) -> Any:

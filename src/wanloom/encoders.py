@@ -1,4 +1,5 @@
-"""The frozen encoders: a prompt to text features (UMT5), a picture to picture features (CLIP's visual tower).
+"""The frozen encoders: a prompt to text features (UMT5), a picture to picture features (CLIP's visual
+tower), a sound to what is heard (wav2vec2).
 
 Their modules come from `transformers`, built from our own configs (never from a hub name) and loaded by our own loader:
 

@@ -119,3 +119,27 @@ def test_a_transformer_of_s2v_is_named_as_what_this_version_does_not_run(tmp_pat
     hollow(tmp_path / "model.safetensors", dit_shapes(sizes))
     with pytest.raises(InputError, match="s2v-14B"):
         config_of(open_weights(tmp_path))
+
+
+def test_its_sizes_are_told_from_shapes_and_where_it_hears_from_config_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the refusal above stands in front of."""
+    from wanloom.checkpoint.detect import FOREIGN_MODELS
+    from wanloom.models.config import SpeechConfig
+    from weight_files import SMALL_DIT
+
+    for sign in ("casual_audio_encoder.", "audio_injector."):
+        monkeypatch.delitem(FOREIGN_MODELS, sign)
+    sizes = replace(SMALL_DIT, layers=3, speech=SpeechConfig(audio_dim=4, audio_states=2, layers=(0, 2)))
+    hollow(tmp_path / "model.safetensors", dit_shapes(sizes))
+    said = {"num_heads": sizes.heads, "text_len": sizes.text_len, "audio_inject_layers": [0, 2], "enable_adain": True}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert config_of(open_weights(tmp_path)) == sizes
+    for layers in ([0], [0, 3], [2, 2]):
+        (tmp_path / "config.json").write_text(json.dumps({**said, "audio_inject_layers": layers}))
+        with pytest.raises(InputError, match="2 of 3 blocks hear"):
+            config_of(open_weights(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**said, "enable_adain": False}))
+    with pytest.raises(InputError, match="enable_adain"):
+        config_of(open_weights(tmp_path))
