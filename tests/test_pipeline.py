@@ -25,7 +25,8 @@ from wanloom.errors import InputError, NumericalError, WanloomWarning
 from wanloom.models.dit import DiT
 from wanloom.models.vae import CausalVae
 from wanloom.parts import Parts
-from wanloom.pipeline import Pipeline, load, quantise
+from wanloom.pipeline import Pipeline, load
+from wanloom.results import quantise
 from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS
@@ -72,7 +73,7 @@ def test_a_video_has_frames_tensor_latents_and_its_plan(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("name", sorted(tiny.TINY))
 def test_every_variant_makes_a_video(name: str, models: Path, tmp_path: Path) -> None:
     row = VARIANTS[name]
-    given = {role: tiny.picture(tmp_path / f"{role}.png") for role, _ in row.images}
+    given = {role: tiny.picture(tmp_path / f"{role}.png") for role, _ in row.inputs}
     size = (64, 64)
     fields = {**SMALL, "size": size, "steps": 3, "frames": 5, **given}
     video = load(models / name, task=name, device="cpu")("a red cat", **fields)

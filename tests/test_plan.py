@@ -66,14 +66,27 @@ def test_latent_shapes_of_the_reference(name: str, latent: tuple[int, ...]) -> N
     assert make_plan(ask(), VARIANTS[name]).latent == latent
 
 
+def given(role: str, variant: Variant) -> Input:
+    """An input such as the task wants it: 5 s of sound, videos of 100 frames."""
+    if role == "audio":
+        return Input(role=role, name="a.wav", sha256="1" * 64, samples=80_000)
+    if role.endswith("_video"):
+        return Input(
+            role=role, name=f"{role}.mp4", sha256="2" * 64, size=variant.defaults.size, frames=100, rate=(30, 1)
+        )
+    return replace(PICTURE, role=role)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_row_plans_a_video(name: str) -> None:
     variant = VARIANTS[name]
-    inputs = [replace(PICTURE, role=role) for role, _ in variant.images]
+    inputs = [given(role, variant) for role, _ in variant.inputs]
     request = ask(**{item.role: item.name for item in inputs})
     plan = make_plan(request, variant, inputs=inputs)
     assert plan.latent[0] == variant.vae.z
-    assert plan.frames == (plan.latent[1] - 1) * variant.vae.stride[0] + 1
+    assert plan.in_clips == (variant.conditioner in ("speech", "animate"))
+    if not plan.in_clips:
+        assert plan.frames == (plan.latent[1] - 1) * variant.vae.stride[0] + 1
     assert all(side % variant.multiple == 0 for side in plan.size)
     assert plan.spans[0].start == 0 and plan.spans[-1].stop == plan.steps
     assert Plan.from_json(plan.to_json()) == plan

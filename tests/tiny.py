@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from wanloom.checkpoint.names import get_format
-from wanloom.encoders import build_clip, build_umt5
-from wanloom.models.config import ClipConfig, TextConfig
-from wanloom.models.dit import DiT
+from wanloom.encoders import build_clip, build_umt5, build_wav2vec2
+from wanloom.models.adapters import build_dit
+from wanloom.models.config import AnimateConfig, AudioConfig, ClipConfig, SpeechConfig, TextConfig
 from wanloom.models.vae import CausalVae
 from wanloom.variants import VARIANTS, Variant
 
@@ -31,19 +31,26 @@ WORDS = [
 
 TEXT = TextConfig(dim=24, ffn_dim=32, heads=2, head_dim=8, layers=2, vocab=3 + len(WORDS))
 CLIP = ClipConfig(dim=160, ffn_dim=64, heads=2, layers=2, projection=16)  # heads of 80, as the published one
+AUDIO = AudioConfig(dim=32, ffn_dim=48, heads=2, layers=2, conv_dim=(16,) * 7, positions=8, groups=4)
+SPEECH = SpeechConfig(audio_dim=AUDIO.dim, audio_states=AUDIO.layers + 1, layers=(0, 1))
+ANIMATE = AnimateConfig(layers=(1,), face_dim=16, motion_dim=24, directions=4, widths=(4, 8, 8))
 
 
 def _shrink(row: Variant) -> Variant:
     dit = replace(row.dit, dim=64, ffn_dim=96, heads=2, layers=2, text_dim=TEXT.dim)
     if row.clip is not None:
         dit = replace(dit, image_dim=CLIP.dim)
+    if row.dit.speech is not None:
+        dit = replace(dit, speech=SPEECH)
+    if row.dit.animate is not None:
+        dit = replace(dit, animate=ANIMATE)
     vae = replace(row.vae, dim=8, decoder_dim=8, multipliers=(1, 1, 2, 2), blocks=1)
-    return replace(row, dit=dit, vae=vae, text=TEXT, clip=CLIP if row.clip else None)
+    return replace(
+        row, dit=dit, vae=vae, text=TEXT, clip=CLIP if row.clip else None, audio=AUDIO if row.audio else None
+    )
 
 
 TINY: dict[str, Variant] = {name: _shrink(row) for name, row in VARIANTS.items() if not row.demo}
-
-MODEL_TYPE = {"t2v": "t2v", "i2v": "i2v", "ti2v": "ti2v", "flf2v": "flf2v"}
 
 
 def checkpoint(
@@ -72,6 +79,8 @@ def checkpoint(
             torch.save(tensors, root / file)
         else:
             save_file(tensors, (root / file).with_suffix(".safetensors"), metadata={"format": "pt"})
+    if row.audio is not None:
+        _write_audio(root / row.files[_part(row, "audio")].name, row.audio, generator, dtype)
     write_tokenizer(root / "google" / "umt5-xxl")
     return root
 
@@ -107,13 +116,13 @@ def _part(row: Variant, part: str) -> int:
 def _write_dit(place: Path, row: Variant, generator: torch.Generator, dtype: torch.dtype) -> None:
     place.mkdir(parents=True, exist_ok=True)
     save_file(
-        _values(DiT(row.dit), generator, dtype),
+        _values(build_dit(row.dit), generator, dtype),
         place / "diffusion_pytorch_model.safetensors",
         metadata={"format": "pt"},
     )
-    config = {
+    config: dict[str, Any] = {
         "_class_name": "WanModel",
-        "model_type": MODEL_TYPE[row.task.partition("-")[0]],
+        "model_type": row.task.partition("-")[0],
         "dim": row.dit.dim,
         "ffn_dim": row.dit.ffn_dim,
         "freq_dim": row.dit.freq_dim,
@@ -124,16 +133,32 @@ def _write_dit(place: Path, row: Variant, generator: torch.Generator, dtype: tor
         "text_len": row.dit.text_len,
         "eps": row.dit.eps,
     }
+    if row.dit.speech is not None:
+        config |= {"audio_inject_layers": row.dit.speech.layers, "audio_dim": row.dit.speech.audio_dim}
+    if row.dit.animate is not None:
+        config |= {"face_adapter_layers": row.dit.animate.layers, "motion_encoder_dim": row.dit.animate.motion_dim}
     (place / "config.json").write_text(json.dumps(config))
+
+
+def _write_audio(file: Path, config: AudioConfig, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """wav2vec2 with its config.json, under the names of transformers' CTC model."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = _values(build_wav2vec2(config), generator, dtype)
+    save_file({f"wav2vec2.{name}": value for name, value in values.items()}, file, metadata={"format": "pt"})
+    said = {"num_attention_heads": config.heads, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+    (file.parent / "config.json").write_text(json.dumps(said))
 
 
 def _values(module: torch.nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Random values for every tensor of a module: matrices of unit gain, norms near 1, small biases."""
     values = {}
     for name, tensor in module.state_dict().items():
+        if name.endswith(".kernel"):  # no weights: how animate blurs a face
+            values[name] = tensor.to(dtype)
+            continue
         r = torch.randn(tensor.shape, generator=generator)
         last = name.rpartition(".")[2]
-        if last == "gamma" or (last == "weight" and tensor.dim() == 1):
+        if last == "gamma" or (last == "weight" and tensor.dim() == 1) or last == "weights":
             r = 1 + 0.1 * r
         elif "modulation" in name:
             r = 0.2 * r

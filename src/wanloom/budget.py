@@ -11,9 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Protocol
 
-from wanloom.models.config import ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.checkpoint.shapes import adapter_shapes, audio_shapes
+from wanloom.models.config import (
+    AnimateConfig,
+    AudioConfig,
+    ClipConfig,
+    DiTConfig,
+    SpeechConfig,
+    TextConfig,
+    VaeConfig,
+)
 from wanloom.variants import Variant
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -23,6 +33,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_BASE = 500 * 2**20
 CUDA_HOST = 3 * 2**30
 GPU_BASE = 600 * 2**20
+
+AUDIO_RATE = 16_000  # samples a second that wav2vec2 reads
 
 
 class Span(Protocol):
@@ -36,6 +48,22 @@ class Span(Protocol):
     def guidance(self) -> float: ...
 
 
+class Clip(Protocol):
+    """Of `plan.Segment`: shape (C, T, h, w) of a clip's latent, and how many decoded frames in front are not shown."""
+
+    @property
+    def latent(self) -> tuple[int, int, int, int]: ...
+    @property
+    def skip(self) -> int: ...
+
+
+class Given(Protocol):
+    """Of `plan.Input`: "image", "pose_video" ..."""
+
+    @property
+    def role(self) -> str: ...
+
+
 class Sized(Protocol):
     """Of `plan.Plan` what costs something (a Protocol: plans are made on the floor above)."""
 
@@ -44,11 +72,13 @@ class Sized(Protocol):
     @property
     def frames(self) -> int: ...
     @property
-    def latent(self) -> tuple[int, int, int, int]: ...
+    def fps(self) -> int: ...
+    @property
+    def segments(self) -> Sequence[Clip]: ...
     @property
     def spans(self) -> Sequence[Span]: ...
     @property
-    def inputs(self) -> Sequence[object]: ...
+    def inputs(self) -> Sequence[Given]: ...
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------
@@ -72,7 +102,17 @@ def dit_parameters(config: DiTConfig) -> int:
         block += 2 * (dim * dim + dim) + dim  # k_img, v_img and the norm of k_img
         image = 2 * wide + wide * wide + wide + wide * dim + dim + 2 * dim
         image += (config.image_positions or 0) * wide
-    return embeddings + config.layers * block + head + image
+    return embeddings + config.layers * block + head + image + _adapter_parameters(config)
+
+
+def _adapter_parameters(config: DiTConfig) -> int:
+    """Of the parts of s2v or animate; the kernels that blur a face are constants."""
+    return sum(prod(shape) for name, shape in adapter_shapes(config).items() if not name.endswith(".kernel"))
+
+
+def audio_parameters(config: AudioConfig) -> int:
+    """Parameters of the wav2vec2 encoder."""
+    return sum(prod(shape) for shape in audio_shapes(config).values())
 
 
 def text_parameters(config: TextConfig) -> int:
@@ -178,7 +218,7 @@ def vae_parameters(config: VaeConfig) -> int:
 
 
 def parameters(variant: Variant) -> dict[str, int]:
-    """Part -> parameters: dit (one expert), vae, text, and clip where the model has it."""
+    """Part -> parameters: dit (one expert), vae, text, and clip and audio where the model has them."""
     counts = {
         "dit": dit_parameters(variant.dit),
         "vae": vae_parameters(variant.vae),
@@ -186,13 +226,15 @@ def parameters(variant: Variant) -> dict[str, int]:
     }
     if variant.clip is not None:
         counts["clip"] = clip_parameters(variant.clip)
+    if variant.audio is not None:
+        counts["audio"] = audio_parameters(variant.audio)
     return counts
 
 
 def part_bytes(variant: Variant, dtype: str) -> dict[str, int]:
-    """Part -> bytes when loaded: dit (one expert), text and clip in `dtype`; the VAE in float32, as the reference."""
+    """Part -> bytes when loaded: dit (one expert), text and clip in `dtype`; VAE and audio encoder in float32."""
     counts = parameters(variant)
-    return {part: count * (4 if part == "vae" else DTYPE_BYTES[dtype]) for part, count in counts.items()}
+    return {part: count * (4 if part in ("vae", "audio") else DTYPE_BYTES[dtype]) for part, count in counts.items()}
 
 
 # --- operations ----------------------------------------------------------------------------------------------------
@@ -203,19 +245,95 @@ def tokens(latent: Sequence[int], patch: Sequence[int]) -> int:
     return (latent[1] // patch[0]) * (latent[2] // patch[1]) * (latent[3] // patch[2])
 
 
-def dit_flops(config: DiTConfig, length: int) -> int:
-    """Operations of one forward of one sample of `length` tokens (research: 1678 TFLOP at 480p, 6523 at 720p)."""
+def beside_tokens(config: DiTConfig, latent: Sequence[int], *, past: bool) -> int:
+    """How many tokens s2v puts behind those of a clip's latent: the reference picture, and the packed past if any."""
+    if config.speech is None:
+        return 0
+    height, width = latent[2:]
+    full = tokens((latent[0], 1, height, width), config.patch)
+    return full + (full + (height // 4) * (width // 4) + 4 * (height // 8) * (width // 8) if past else 0)
+
+
+def dit_flops(config: DiTConfig, latent: Sequence[int], *, past: bool = False) -> int:
+    """Operations of one forward of one sample (research: 1678 TFLOP at 480p, 6523 at 720p).
+
+    past: whether a clip of s2v remembers the one before it.  What is the same in all steps is in `once_flops`.
+    """
     dim, text, patch = config.dim, config.text_len, config.patch[0] * config.patch[1] * config.patch[2]
+    own = tokens(latent, config.patch)
+    length = own + beside_tokens(config, latent, past=past)
     block = 12 * length * dim * dim + 4 * length * length * dim + 4 * length * dim * config.ffn_dim
     block += 4 * text * dim * dim + 4 * length * text * dim
-    rest = 2 * length * patch * dim * (config.in_channels + config.out_channels)
+    rest = 2 * own * patch * dim * (config.in_channels + config.out_channels)
     rest += 2 * text * (config.text_dim * dim + dim * dim)
-    rest += 2 * (config.freq_dim * dim + 7 * dim * dim)
+    timesteps = 1 if config.speech is None else 2  # the reference picture and the past are told that they are clean
+    rest += timesteps * 2 * (config.freq_dim * dim + 7 * dim * dim)
+    for part in (config.speech, config.animate):
+        if part is not None:
+            memory = latent[1] * (part.tokens + 1)
+            rest += len(part.layers) * (4 * (length + memory) * dim * dim + 4 * length * memory * dim)
+    if config.speech is not None:
+        rest += len(config.speech.layers) * 4 * latent[1] * dim * dim  # each frame's shift and scale
     if config.image_dim is not None:
         seen = config.image_positions or 257
         block += 4 * seen * dim * dim + 4 * length * seen * dim
         rest += 2 * seen * (config.image_dim**2 + config.image_dim * dim)
     return config.layers * block + rest
+
+
+def once_flops(config: DiTConfig, latent: Sequence[int], *, past: bool = False) -> int:
+    """Operations of `DiT.once` for a clip: what s2v makes of sound and pose, animate of face and pose."""
+    if config.speech is not None:
+        return _speech_once(config, config.speech, latent, past)
+    return 0 if config.animate is None else _animate_once(config, config.animate, latent)
+
+
+def _speech_once(config: DiTConfig, speech: SpeechConfig, latent: Sequence[int], past: bool) -> int:
+    """The sound's tokens, and the embedding of reference, pose and past."""
+    dim, quarter = config.dim, config.dim // 4
+    heard = speech.history + 4 * latent[1]  # frames, the first one repeated in front
+    half, end = -(-heard // 2), -(-heard // 4)
+    streams = speech.tokens + 1  # each token's, and the one that sums up
+    out = 6 * heard * speech.audio_dim * quarter * streams
+    out += 6 * streams * (half * quarter * (dim // 2) + end * (dim // 2) * dim) + 2 * end * dim * dim
+    one = tokens((latent[0], 1, *latent[2:]), config.patch) * prod(config.patch) * dim
+    out += 2 * one * (config.in_channels + latent[1] * speech.channels)
+    if past:
+        # 1, 2 and 16 latent frames in patches of 1x2x2, 2x4x4 and 4x8x8: every value is read once.
+        out += 2 * (1 + 2 + 16) * latent[2] * latent[3] * speech.channels * dim
+    return out
+
+
+def _animate_once(config: DiTConfig, animate: AnimateConfig, latent: Sequence[int]) -> int:
+    """The face of every frame as numbers, their tokens, and the embedding of the pose."""
+    moving = latent[1] - 1  # latent frames; the first is the character's picture
+    frames = 4 * moving - 3
+    motion, face, side = animate.motion_dim, animate.face_dim, animate.face_size
+    each = 2 * 3 * animate.widths[0] * side * side
+    for inputs, outputs in pairwise(animate.widths):
+        small = (side // 2) ** 2
+        each += 18 * inputs * inputs * side * side + 32 * inputs * ((side + 1) ** 2 + (side - 1) ** 2)
+        each += 18 * inputs * outputs * small + 2 * inputs * outputs * small
+        side //= 2
+    each += 32 * animate.widths[-1] * motion + 8 * motion * motion + 4 * motion * animate.directions
+    half, end = -(-frames // 2), -(-frames // 4)
+    tell = 6 * frames * motion * face + 6 * (half + end) * face * face + 2 * end * face * config.dim
+    values = moving * latent[2] * latent[3] * animate.channels
+    return frames * each + animate.tokens * tell + 2 * values * config.dim
+
+
+def audio_flops(config: AudioConfig, samples: int) -> int:
+    """Operations of wav2vec2 for so many samples."""
+    total, inputs, length = 0, 1, samples
+    for outputs, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        length = max(0, (length - kernel) // stride + 1)
+        total += 2 * kernel * inputs * outputs * length
+        inputs = outputs
+    total += 2 * length * inputs * config.dim
+    places = length + 1 - config.positions % 2  # an even kernel makes one more, which is cut off
+    total += 2 * places * config.positions * (config.dim // config.groups) * config.dim
+    layer = 2 * length * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim) + 4 * length * length * config.dim
+    return total + config.layers * layer
 
 
 def text_flops(config: TextConfig, length: int) -> int:
@@ -260,31 +378,82 @@ def _latents(config: VaeConfig, frames: int) -> int:
 
 
 def flops(plan: Sized, variant: Variant) -> dict[str, int]:
-    """Stage -> operations: text, image (pictures to conditioning, 0 without), denoise, decode."""
-    prompts = 2 if any(span.guidance != 1 for span in plan.spans) else 1
+    """Stage -> operations: text, audio and image (inputs to conditioning, 0 without), denoise, decode.
+
+    Clips follow one another; the encoding of one as the past of the next counts as image.
+    """
+    prompts = 2 if _guided(plan) else 1
     passes = sum((span.stop - span.start) * (1 if span.guidance == 1 else 2) for span in plan.spans)
+    denoise = decode = 0
+    for clip in plan.segments:
+        past = _remembers(clip, variant.dit)
+        denoise += passes * dit_flops(variant.dit, clip.latent, past=past)
+        denoise += prompts * once_flops(variant.dit, clip.latent, past=past)
+        decode += decode_flops(variant.vae, _decoded_frames(clip, variant), plan.size)
     return {
         "text": prompts * text_flops(variant.text, variant.dit.text_len),
+        "audio": 0 if variant.audio is None else audio_flops(variant.audio, _samples(plan)),
         "image": _image_flops(plan, variant),
-        "denoise": passes * dit_flops(variant.dit, tokens(plan.latent, variant.dit.patch)),
-        "decode": decode_flops(variant.vae, plan.frames, plan.size),
+        "denoise": denoise,
+        "decode": decode,
     }
 
 
+def _guided(plan: Sized) -> bool:
+    return any(span.guidance != 1 for span in plan.spans)
+
+
+def _samples(plan: Sized) -> int:
+    """Of the sound that is as long as the video."""
+    return AUDIO_RATE * plan.frames // plan.fps
+
+
+def _remembers(clip: Clip, config: DiTConfig) -> bool:
+    """Whether a clip of s2v is given the frames before it: they are decoded with it and not shown again."""
+    return config.speech is not None and clip.skip >= config.speech.history
+
+
+def _made_frames(clip: Clip, variant: Variant) -> int:
+    """Pixel frames that a clip's latents stand for by themselves; animate's first is the character's picture."""
+    latents = clip.latent[1] - (0 if variant.dit.animate is None else 1)
+    return variant.vae.stride[0] * (latents - 1) + 1
+
+
+def _decoded_frames(clip: Clip, variant: Variant) -> int:
+    """Pixel frames that a clip's decoding makes: s2v puts its past before it, or else the picture."""
+    speech, made = variant.dit.speech, _made_frames(clip, variant)
+    if speech is None:
+        return made
+    return made + (speech.history + 3 if _remembers(clip, variant.dit) else 4)
+
+
 def _image_flops(plan: Sized, variant: Variant) -> int:
-    frames = _encoded_frames(plan, variant)
-    if not frames:
+    videos = _encoded(plan, variant)
+    if not videos:
         return 0
     pictures = 2 if variant.dit.image_positions else 1
     clip = pictures * clip_flops(variant.clip) if variant.clip is not None else 0
-    return clip + encode_flops(variant.vae, frames, plan.size)
+    return clip + sum(encode_flops(variant.vae, frames, plan.size) for frames in videos)
 
 
-def _encoded_frames(plan: Sized, variant: Variant) -> int:
-    """Pixel frames that go through the VAE's encoder: all for i2v (the picture, then grey), one for ti2v's picture."""
+def _encoded(plan: Sized, variant: Variant) -> list[int]:
+    """Pixel frames of each video that goes through the VAE's encoder.
+
+    All frames for i2v (the picture, then grey), one for ti2v's picture.  For s2v the picture, the past of each clip
+    that has one, and each clip of a pose video with a frame before it; for animate the picture, and each clip's pose
+    and surroundings.
+    """
     if variant.conditioner == "image":
-        return plan.frames
-    return 1 if variant.conditioner == "clean_frame" and plan.inputs else 0
+        return [plan.frames]
+    if variant.conditioner == "clean_frame":
+        return [1] if plan.inputs else []
+    if variant.dit.speech is not None:
+        posed = any(item.role == "pose_video" for item in plan.inputs)
+        pasts = [variant.dit.speech.history for clip in plan.segments if _remembers(clip, variant.dit)]
+        return [1, *pasts, *(_made_frames(clip, variant) + 4 for clip in plan.segments if posed)]
+    if variant.dit.animate is not None:
+        return [1, *(_made_frames(clip, variant) for clip in plan.segments for _ in range(2))]
+    return []
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -356,14 +525,21 @@ def need(plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_
 
 
 def _stages(plan: Sized, variant: Variant, dtype: str) -> tuple[StageNeed, ...]:
-    """text, image (when there is one), denoise, decode: in the order they run, parts coming and going between them."""
+    """text, audio and image (when there are such), denoise, decode: in the order they run, parts coming and going."""
     work, part = flops(plan, variant), part_bytes(variant, dtype)
     reading = text_activations(variant.text, variant.dit.text_len, dtype)
     stages = [StageNeed("text", part["text"], reading, work["text"])]
+    if variant.audio is not None:
+        hearing = audio_activations(variant.audio, _samples(plan))
+        stages.append(StageNeed("audio", part["audio"], hearing, work["audio"]))
     if work["image"]:
         weights = max(part["vae"], part.get("clip", 0))  # one after the other
         stages.append(StageNeed("image", weights, vae_activations(variant.vae, plan.size, decode=False), work["image"]))
-    stages.append(StageNeed("denoise", part["dit"], dit_activations(variant.dit, plan.latent, dtype), work["denoise"]))
+    denoising = max(
+        dit_activations(variant.dit, clip.latent, dtype, past=_remembers(clip, variant.dit), guided=_guided(plan))
+        for clip in plan.segments
+    )
+    stages.append(StageNeed("denoise", part["dit"], denoising, work["denoise"]))
     stages.append(
         StageNeed("decode", part["vae"], vae_activations(variant.vae, plan.size, decode=True), work["decode"])
     )
@@ -378,18 +554,47 @@ def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:
     return tuple(Shortage(what, want, got) for what, want, got in pairs if want > got)
 
 
-def dit_activations(config: DiTConfig, latent: Sequence[int], dtype: str) -> int:
+def dit_activations(
+    config: DiTConfig, latent: Sequence[int], dtype: str, *, past: bool = False, guided: bool = False
+) -> int:
     """Bytes at the widest point of a block of the plain code, for one sample (the two passes follow each other).
 
     Per token and channel: two float32 streams (before the trunk, and in it), then either attention (its input, q, k, v,
     one of them rotated, the output, and the rotation's float32) or the feed-forward (its input, the hidden layer, the
-    output).  Beside them the rotation table and six latents of the solver in float32.
+    output).  s2v, whose tokens have two timesteps, also gathers a float32 row of modulation for each.  Beside them the
+    rotation table and six latents of the solver in float32, and what the parts of s2v and animate keep for all steps of
+    a clip (`_kept`), for both passes when the run is guided.
     """
     length, each = tokens(latent, config.patch), DTYPE_BYTES[dtype]
-    block = int(length * config.dim * (8 + max(6 * each + 4, each * (2 + config.ffn_dim / config.dim))))
+    length += beside_tokens(config, latent, past=past)
+    streams = 8 if config.speech is None else 12
+    block = int(length * config.dim * (streams + max(6 * each + 4, each * (2 + config.ffn_dim / config.dim))))
     table = length * config.head_dim // 2 * 8
     values = latent[0] * latent[1] * latent[2] * latent[3]
-    return block + table + 6 * 4 * values
+    kept = _kept(config, latent, length, each)
+    return block + table + 6 * 4 * values + (2 if guided else 1) * kept
+
+
+def _kept(config: DiTConfig, latent: Sequence[int], length: int, each: int) -> int:
+    """Bytes that adapters keep from step to step.
+
+    s2v: a float32 row for every token (pose and kind of the clip's own; the others themselves).  animate: the pose's
+    row of every moving token, and the face of every frame as a picture.
+    """
+    if config.speech is not None:
+        return 4 * length * config.dim
+    if config.animate is not None:
+        moving, side = latent[1] - 1, config.animate.face_size
+        pose = tokens((latent[0], moving, *latent[2:]), config.patch) * config.dim * each
+        return pose + 4 * 3 * (4 * moving - 3) * side * side
+    return 0
+
+
+def audio_activations(config: AudioConfig, samples: int) -> int:
+    """Bytes of wav2vec2 in float32: three times the output of the first convolution, and all hidden states."""
+    first = (samples - config.conv_kernel[0]) // config.conv_stride[0] + 1
+    states = samples // prod(config.conv_stride) * config.dim * (config.layers + 1)
+    return 4 * (3 * config.conv_dim[0] * first + states)
 
 
 def text_activations(config: TextConfig, length: int, dtype: str) -> int:
@@ -421,10 +626,10 @@ def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool) -
 
 
 def disk_bytes(plan: Sized) -> int:
-    """Bytes a run may write: two generations of the state (latent and solver history), final latents, the video.
+    """Bytes a run may write: two generations of a clip's state (latent and solver history), final latents of all clips,
+    the video.
 
     The video is taken at one bit a pixel and frame, which H.264 at the default quality stays below but for noise.
     """
-    channels, frames, height, width = plan.latent
-    latent = 4 * channels * frames * height * width
-    return 2 * 5 * latent + latent + plan.size[0] * plan.size[1] * plan.frames // 8 + 2**20
+    latents = [4 * prod(clip.latent) for clip in plan.segments]
+    return 2 * 5 * max(latents) + sum(latents) + plan.size[0] * plan.size[1] * plan.frames // 8 + 2**20

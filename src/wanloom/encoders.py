@@ -240,15 +240,24 @@ def build_wav2vec2(config: AudioConfig) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def encode_audio(model: Any, wave: Tensor, *, last_normed: bool = True) -> Tensor:
-    """A mono wave [n] at 16 kHz -> all hidden states [layers + 1, T, dim] at about 50 a second.
+def normalise(wave: Tensor) -> Tensor:
+    """A sound [n] with zero mean and unit variance, as the published processor makes it."""
+    return (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + 1e-7)
 
-    The wave is brought to zero mean and unit variance first, as the published processor does.  The first state is what
-    enters the first layer.  The final norm is applied to the last one alone, as transformers 4 did, with which s2v was
-    trained; transformers 5 leaves it out of the states (last_normed=False), and so did who ran the reference with it.
+
+@torch.no_grad()
+def encode_audio(model: Any, wave: Tensor, *, last_normed: bool = True, normalised: bool = False) -> Tensor:
+    """`hidden_states` of a sound, normalised first if it is not `normalised`; without gradients."""
+    return hidden_states(model, wave if normalised else normalise(wave), last_normed=last_normed)
+
+
+def hidden_states(model: Any, wave: Tensor, *, last_normed: bool = True) -> Tensor:
+    """A normalised mono wave [n] at 16 kHz -> all hidden states [layers + 1, T, dim] at about 50 a second.
+
+    The first state is what enters the first layer.  The final norm is applied to the last one alone, as transformers 4
+    did, with which s2v was trained; transformers 5 leaves it out of the states (last_normed=False), and so did who ran
+    the reference with it.
     """
-    wave = (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + 1e-7)
     before: list[Tensor] = []
     handle = model.encoder.layer_norm.register_forward_pre_hook(lambda module, given: before.append(given[0]))
     out = model(wave[None].to(model.encoder.layer_norm.weight), output_hidden_states=True)

@@ -6,6 +6,8 @@
     conditioning.safetensors  what the encoders made of prompt and pictures
     state-0012.safetensors    latents and solver state after 12 steps; the last two are kept
     latents.safetensors       the final latents, on disk before decoding begins
+    given-0003.safetensors    what clip 3 is given (s2v: what it hears)
+    00.0003.state-0012...     state and latents of video 0, clip 3, where videos are made clip by clip
     published.json            SHA-256 of each finished video, written just before it gets its name
     lock                      held while a process works here
 
@@ -45,7 +47,10 @@ NUMERICS = 1
 
 FORMAT = 1  # of plan.json
 KEEP = 2  # states on disk
-OURS = r"(plan|published)\.json|lock|(conditioning|latents|state-\d+)\.safetensors|\..*\.part(\.\w+)?"  # file names
+OURS = (  # file names
+    r"(plan|published)\.json|lock|(\d+\.\d+\.)?(conditioning|latents|state-\d+)\.safetensors|given-\d+\.safetensors"
+    r"|\..*\.part(\.\w+)?"
+)
 EVERY_SECONDS = 60.0
 EVERY_SHARE = 0.05  # of the steps
 
@@ -172,6 +177,7 @@ class Job:
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._reached: State | None = None
         self._terminate: Any = None  # what SIGTERM did before
+        self.prefix = ""  # of the clip that is being made
 
     def __enter__(self) -> Job:
         if threading.current_thread() is threading.main_thread():
@@ -192,13 +198,20 @@ class Job:
                 signal.signal(signal.SIGTERM, self._terminate)
             self.close()
 
+    keeps = True  # what is saved here need not stay in memory
+
+    def enter(self, prefix: str) -> None:
+        """From now on states and latents are those of the clip whose files begin with `prefix`."""
+        if prefix != self.prefix:
+            self.prefix, self._reached, self._saved_step = prefix, None, 0
+
     def close(self) -> None:
         """Unlock the folder."""
         os.close(self._lock)
 
     def _leave(self, error: BaseException) -> None:
         """After an error: keep what was reached, unless it led to the error or there is nothing."""
-        if isinstance(error, NumericalError) and self._reached is not None and not self._has("latents"):
+        if isinstance(error, NumericalError) and self._reached is not None and not self._any_latents():
             self.finish()  # the same request on the same machine would fail again
             return
         with suppress(OSError, InputError):  # a full disk, perhaps: the error to hear about is the first one
@@ -209,16 +222,28 @@ class Job:
     def _farewell(self) -> str:
         done, steps = self._reached.done if self._reached else self._saved_step, self.record.plan.steps
         where = f"after step {done} of {steps}" if done else "before the first step"
-        if self._has("latents"):
+        if self.prefix:
+            where = f"in clip {int(self.prefix.split('.')[1]) + 1} of {len(self.record.plan.segments)}, {where}"
+        elif self.has("latents"):
             where = "after denoising"
         return f"stopped {where}; nothing is lost. Continue: {resume_command(self.folder)}"
 
     def any_progress(self) -> bool:
         """Whether steps of an unfinished run are on disk here."""
-        return (self.folder / "plan.json").is_file() and (bool(self._states()) or self._has("latents"))
+        states = any(self.folder.glob("*state-*.safetensors"))
+        return (self.folder / "plan.json").is_file() and (states or self._any_latents())
 
-    def _has(self, name: str) -> bool:
-        return (self.folder / f"{name}.safetensors").is_file()
+    def _any_latents(self) -> bool:
+        return any(self.folder.glob("*latents.safetensors"))
+
+    def has(self, name: str) -> bool:
+        """Whether `save` wrote this."""
+        return self._path(name).is_file()
+
+    def _path(self, name: str) -> Path:
+        if name.startswith("given-"):  # the same for all videos of the job
+            return self.folder / f"{name}.safetensors"
+        return self.folder / f"{self.prefix}{name}.safetensors"
 
     # --- tensors
 
@@ -240,7 +265,7 @@ class Job:
     def _save_reached(self) -> None:
         """Save the last step that was reached, when it is not on disk already."""
         state = self._reached
-        if state is None or state.done <= self._saved_step or self._has("latents"):
+        if state is None or state.done <= self._saved_step or self.has("latents"):
             return
         if state.done < self.record.plan.steps:
             self.save_state(state)
@@ -250,31 +275,31 @@ class Job:
     def save_state(self, state: State) -> None:
         """Write the state after `state.done` steps, durably, and drop all but the last two."""
         tensors = {f"{i}.{name}": value for i, take in enumerate(state.takes) for name, value in take.items()}
-        save_tensors(self.folder / f"state-{state.done:04d}.safetensors", tensors, {"done": state.done})
+        save_tensors(self._path(f"state-{state.done:04d}"), tensors, {"done": state.done})
         self._saved_at, self._saved_step = time.monotonic(), state.done
         for old in self._states()[:-KEEP]:
             old.unlink()
         failpoint("state")
 
-    def load_state(self) -> State | None:
-        """The newest state that is whole; a damaged one is named in a warning (W7001) and skipped."""
+    def load_state(self, takes: int | None = None) -> State | None:
+        """The newest state of so many videos (None: all of the job) that is whole; a damaged one is named in a warning (W7001) and skipped."""
         for path in reversed(self._states()):
             loaded = self._load(path)
             if loaded is not None:
                 tensors, note = loaded
                 done = int(note["done"])
                 self._saved_at, self._saved_step = time.monotonic(), done
-                return State(done, tuple(_part(tensors, str(i)) for i in range(len(self.record.seeds))))
+                return State(done, tuple(_part(tensors, str(i)) for i in range(takes or len(self.record.seeds))))
         return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write `name`.safetensors ("conditioning"; "latents" by `reached`), durably."""
-        save_tensors(self.folder / f"{name}.safetensors", tensors, {})
+        """Write `name`.safetensors ("conditioning", "given-0003"; "latents" by `reached`), durably."""
+        save_tensors(self._path(name), tensors, {})
         failpoint(name)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of `save`, or None when they are not there or damaged (then with a warning)."""
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(name)
         loaded = self._load(path) if path.is_file() else None
         return None if loaded is None else loaded[0]
 
@@ -289,7 +314,7 @@ class Job:
             return None
 
     def _states(self) -> list[Path]:
-        return sorted(self.folder.glob("state-*.safetensors"))
+        return sorted(self.folder.glob(f"{self.prefix}state-*.safetensors"))
 
     # --- the end
 
@@ -337,10 +362,19 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         return None
 
+    keeps = False
+    prefix = ""
+
+    def enter(self, prefix: str) -> None:
+        return None
+
+    def has(self, name: str) -> bool:
+        return False
+
     def reached(self, state: State) -> None:
         return None
 
-    def load_state(self) -> State | None:
+    def load_state(self, takes: int | None = None) -> State | None:
         return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:

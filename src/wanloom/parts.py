@@ -1,4 +1,4 @@
-"""The parts of one model - text encoder, CLIP, experts, VAE - each brought in when it is needed and let go after.
+"""The parts of one model - encoders, experts, VAE - each brought in when it is needed and let go after.
 
     parts = Parts(variant, files, device="cuda", dtype="bfloat16")
     with parts.use("text") as encoder: ...
@@ -7,7 +7,8 @@
 So the peak is the largest part and not their sum: the text encoder has left before a transformer comes, and one expert
 is there at a time.  Parts of small models (all together at most a quarter of what is free) stay loaded between uses.
 
-Transformer, text encoder and CLIP are loaded in `dtype`, the VAE always in float32, as the reference runs it.
+Transformer, text encoder and CLIP are loaded in `dtype`, VAE and audio encoder always in float32, as the reference
+runs them.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from torch import nn
 from wanloom.budget import part_bytes
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.load import load_into
-from wanloom.checkpoint.weights import list_files
-from wanloom.encoders import Tokenizer, build_clip, build_umt5
-from wanloom.models.dit import DiT
+from wanloom.checkpoint.weights import list_files, open_weights
+from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
+from wanloom.models.adapters import build_dit
 from wanloom.models.vae import CausalVae
 from wanloom.runtime import machine
 from wanloom.variants import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WIDE = ("vae", "audio")  # parts that are loaded in float32, whatever the others are
 RESIDENT_SHARE = 0.25  # of the free memory that parts may take to stay loaded
 
 
@@ -67,13 +69,15 @@ class Parts:
     def precision(self) -> dict[str, str]:
         """Part -> the dtype it computes in, and where the text is encoded: what decides the bits of a result."""
         names = {"dit": self.dtype, "text": self.dtype, "vae": "float32"}
+        if self.files.audio is not None:
+            names["audio"] = "float32"
         if self.text_device != self.device:
             names["text place"] = self.text_device
         return names
 
     @contextmanager
     def use(self, part: str, expert: str | None = None) -> Iterator[Any]:
-        """A part ("text", "clip", "vae", "dit" with its expert) as a module in eval mode, gone after the block.
+        """A part ("text", "clip", "audio", "vae", "dit" with its expert) as a module in eval mode, gone afterwards.
 
         Errors: those of `checkpoint.load_into`.
         """
@@ -101,6 +105,8 @@ class Parts:
         named |= {"vae": (files.vae, "vae"), "text": (files.text, "text")}
         if files.clip is not None:
             named["clip"] = files.clip, "clip"
+        if files.audio is not None:
+            named["audio"] = files.audio, "audio"
         found = {part: sorted(list_files(path, kind=kind)[0]) for part, (path, kind) in named.items()}
         tokenizer = files.tokenizer
         found["tokenizer"] = [tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer]
@@ -112,8 +118,9 @@ class Parts:
         assert path is not None, f"{self.variant.name} has no part {part}"
         with torch.device("meta"):
             module = BUILD[part](self.variant)
-        dtype = torch.float32 if part == "vae" else DTYPES[self.dtype]
-        load_into(module, path, dtype=dtype, device=self.text_device if part == "text" else self.device)
+        dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
+        device = self.text_device if part == "text" else self.device
+        load_into(module, open_weights(path, kind=part), dtype=dtype, device=device)
         return module.eval().requires_grad_(False)
 
     def _small(self) -> bool:
@@ -129,16 +136,17 @@ class Parts:
 
 
 BUILD: dict[str, Callable[[Variant], nn.Module]] = {
-    "dit": lambda variant: DiT(variant.dit),
+    "dit": lambda variant: build_dit(variant.dit),
     "vae": lambda variant: CausalVae(variant.vae),
     "text": lambda variant: build_umt5(variant.text),
-    "clip": lambda variant: build_clip(_clip_of(variant)),
+    "clip": lambda variant: build_clip(_there(variant.clip, variant)),
+    "audio": lambda variant: build_wav2vec2(_there(variant.audio, variant)),
 }
 
 
-def _clip_of(variant: Variant) -> Any:
-    assert variant.clip is not None, f"{variant.name} has no CLIP"
-    return variant.clip
+def _there(config: Any, variant: Variant) -> Any:
+    assert config is not None, f"{variant.name} has no such part"
+    return config
 
 
 def release(module: nn.Module) -> None:

@@ -10,6 +10,9 @@ its progress in a job folder (`jobs.py`) and can be continued; without, the fram
 
 Several videos (`num`) go through the stages together: the text is encoded once, and at each step every video takes its
 turn before the next step, so each expert is loaded once and not once for each video.
+
+Tasks that make a video clip by clip (s2v, animate) go round `_clips`: condition, denoise, decode, and what is shown at
+the end of a clip is given to the next one.  Their videos come one after the other.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wanloom import budget, demo, media
+from wanloom import budget, demo, media, outputs
 from wanloom.checkpoint.find import Files, resolve
 from wanloom.checkpoint.inspect import inspect
 from wanloom.checkpoint.load import survey
-from wanloom.conditioning import Conditioning, image, text
-from wanloom.durable import atomic_path, failpoint, refuse_target, sha256_file, sweep
+from wanloom.conditioning import Conditioning, animate, image, speech, text
+from wanloom.durable import failpoint, refuse_target, sweep
 from wanloom.errors import InputError, NumericalError, WanloomWarning
+from wanloom.inputs import facts, read_inputs, with_folder
 from wanloom.jobs import (
     Job,
     Memory,
@@ -44,24 +48,29 @@ from wanloom.jobs import (
     read_record,
     request_texts,
 )
-from wanloom.media import Picture
+from wanloom.outputs import Output
 from wanloom.parts import Parts
-from wanloom.plan import Input, Plan, make_plan
+from wanloom.plan import Plan, Segment, make_plan
 from wanloom.preview import Film, Previewer
 from wanloom.request import Request
-from wanloom.results import Event, Result, Video, peak_memory, quantise
+from wanloom.results import Event, Result, Video, peak_memory
 from wanloom.sampling.samplers import SAMPLERS, Step, Velocity, hold
 from wanloom.sampling.velocity import Experts, Forward, conditioned, guided
 from wanloom.variants import TASKS, VARIANTS, Variant, variant_for
 
-# What `Variant.conditioner` names.
-CONDITIONERS: dict[str, Callable[[Parts, Plan, Mapping[str, Picture]], Conditioning]] = {
+# What `Variant.conditioner` names; and for tasks whose videos are made clip by clip, what each clip is given.
+CONDITIONERS: dict[str, Callable[[Parts, Plan, Mapping[str, Any]], Conditioning]] = {
     "text": text.condition,
     "image": image.channels,
     "clean_frame": image.clean_frame,
+    "speech": speech.condition,
+    "animate": animate.condition,
+}
+CLIPS: dict[str, Callable[[Parts, Plan, Mapping[str, Any]], speech.Clips | animate.Clips]] = {
+    "speech": speech.Clips,
+    "animate": animate.Clips,
 }
 
-ROLES = ("image", "last_image")
 PREVIEW_EVERY = 1.0  # seconds between two writings of preview.gif
 
 
@@ -70,11 +79,11 @@ PREVIEW_EVERY = 1.0  # seconds between two writings of preview.gif
 
 @dataclass(frozen=True)
 class Order:
-    """A request with everything decided and its pictures read."""
+    """A request with everything decided, its pictures and sounds read and its videos looked through."""
 
     request: Request
     plan: Plan
-    pictures: Mapping[str, Picture]
+    media: Mapping[str, Any]
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -91,6 +100,7 @@ class Work:
         self.previewer: Previewer | None = None
         self.videos: list[Video] = []
         self.began_at = 0
+        self.steps = order.plan.steps * len(order.plan.segments) * len(order.plans)  # of all clips of all videos
         self._device = device
         self._started = self._last = time.monotonic()
         self._drawn = 0.0
@@ -208,11 +218,10 @@ class Pipeline:
             work = Work(order, outputs, job, self.device)
             if notice:
                 yield work.event("encode", 0, 1, message=notice)
-            latents = yield from self._saved_latents(work)
-            if latents is None:
-                conditioning = yield from self._condition(work)
-                latents = yield from self._denoise(work, conditioning)
-            yield from self._decode(work, latents)
+            if order.plan.in_clips:
+                yield from self._clips(work)
+            else:
+                yield from self._together(work)
             job.finish()
             yield work.event("done", 1, 1)
             return work.result()
@@ -220,29 +229,26 @@ class Pipeline:
     # --- plan
 
     def prepare(self, request: Request) -> Order:
-        """Read the pictures and decide every number; all mistakes in the request come out here.
+        """Read the inputs and decide every number; all mistakes in the request come out here.
 
-        Errors: those of `make_plan` and `media.read_picture`.  Warnings: W2004 an unusual size, W2013 a text cut off.
+        Errors: those of `make_plan` and `read_inputs`.  Warnings: W2004 an unusual size, W2013 a text cut off, W2036 a
+        sound encoded in windows.
         """
-        pictures = {
-            role: media.read_picture(source, role.replace("_", "-"))
-            for role in ROLES
-            if (source := getattr(request, role)) is not None
-        }
-        inputs = [Input(role=role, name=p.name, sha256=p.sha256, size=p.size) for role, p in pictures.items()]
-        plan = make_plan(request, self.variant, inputs=inputs)
+        request = with_folder(request)
+        found = read_inputs(request)
+        plan = make_plan(request, self.variant, inputs=facts(found))
         if plan.noise_device != "cpu" and self.device == "cpu":
             raise InputError(
                 "E2023", f"noise-device: {plan.noise_device} conflicts with device cpu. Use one of the two."
             )
         for note in plan.notes:
-            warnings.warn(WanloomWarning(f"W2004: {note}"), stacklevel=3)
+            warnings.warn(WanloomWarning(note), stacklevel=3)
         for name, words in (("prompt", plan.prompt), ("negative-prompt", plan.negative_prompt)):
             count, limit = self.parts.tokenizer.count(words), self.variant.dit.text_len
             if count > limit:
                 said = f"W2013: {name}: {count} tokens, this model reads {limit}; the last {count - limit} are cut."
                 warnings.warn(WanloomWarning(said), stacklevel=3)
-        return Order(request, plan, pictures)
+        return Order(request, plan, found)
 
     def _preflight(self, order: Order, outputs: Sequence[Path], *, resuming: bool) -> None:
         """Ask everything that could go wrong after the work: places, disk, encoder, GPU memory."""
@@ -255,7 +261,7 @@ class Pipeline:
         for path in {path.parent for path in outputs}:
             sweep(path)
         if outputs:
-            media.try_encoder(outputs[0], size=plan.size, fps=plan.fps, quality=plan.quality)
+            media.try_encoder(outputs[0], size=plan.size, fps=plan.rate, quality=plan.quality)
         if request.save_tensors is not None:
             refuse_target(Path(request.save_tensors), overwrite=request.overwrite or resuming)
         if on_gpu:
@@ -296,17 +302,58 @@ class Pipeline:
             self._weights = {part: " ".join(identity(path) for path in paths) for part, paths in files.items()}
         return self._weights
 
+    # --- the two ways through the stages
+
+    def _together(self, work: Work) -> Generator[Event, None, None]:
+        """All videos at once, each one clip: condition, denoise, decode."""
+        latents = yield from self._saved_latents(work)
+        if latents is None:
+            conditioning = yield from self._condition(work)
+            with self._experts() as velocity:
+                latents = yield from self._denoise(work, velocity, conditioning, work.plan.segments[0], work.plans)
+        yield from self._decode(work, latents)
+
+    def _clips(self, work: Work) -> Generator[Event, None, None]:
+        """Video by video and clip by clip: what a clip shows at its end is the past of the next."""
+        shared = yield from self._condition(work)
+        for take, plan in enumerate(work.plans):
+            if work.outputs and work.job.published(work.outputs[take]):
+                continue
+            clips = CLIPS[self.variant.conditioner](self.parts, plan, work.order.media)
+            past = clips.begin()
+            given = self._given(work, clips, take)
+            with self._output(work, take) as output, self._experts() as velocity:
+                for segment in plan.segments:
+                    work.job.enter(f"{take:02d}.{segment.index:04d}.")
+                    conditioning = clips.clip(shared, next(given), segment, past)
+                    latents = work.job.load("latents")
+                    if latents is None:
+                        z = yield from self._denoise(
+                            work, velocity, conditioning.map(self._here), segment, (plan,), take
+                        )
+                        latents = {"0": z[0]}
+                    before = (take * len(plan.segments) + segment.index) * segment.latent[1]
+                    total = segment.latent[1] * len(plan.segments) * len(work.plans)
+                    shown = yield from self._decode_clip(
+                        work, output, conditioning, latents["0"], plan, segment, before, total
+                    )
+                    past = torch.cat((past, shown), 2)[:, :, -clips.keep :]
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
     # --- condition
 
     def _condition(self, work: Work) -> Generator[Event, None, Conditioning]:
         """What the encoders make of prompt and pictures, on the device of the transformer."""
         yield work.event("encode", 0, 1)
+        work.job.enter("")
         saved = work.job.load("conditioning")
         if saved is not None:
             conditioning = Conditioning.from_tensors(saved)
         else:
             make = CONDITIONERS[self.variant.conditioner]
-            conditioning = make(self.parts, work.plan, work.order.pictures)
+            conditioning = make(self.parts, work.plan, work.order.media)
             for name, tensor in conditioning.tensors().items():
                 require_finite(tensor, "E6002", f"encoding: the {name}")
             work.job.save("conditioning", conditioning.tensors())
@@ -314,7 +361,35 @@ class Pipeline:
             with self.parts.use("vae") as vae:
                 work.previewer = Previewer.fit(vae)
         yield work.event("encode", 1, 1)
-        return conditioning.map(lambda tensor: tensor.to(self.device))
+        return conditioning.map(self._here)
+
+    def _given(
+        self, work: Work, clips: speech.Clips | animate.Clips, take: int
+    ) -> Generator[dict[str, Tensor], None, None]:
+        """What each clip of a video is given, computed before the first one, or read from the job folder.
+
+        With a job folder nothing of it stays in memory.
+        """
+        segments = work.plan.segments
+        if clips.streams:
+            yield from clips.given()
+            return
+        names = [f"given-{segment.index:04d}" for segment in segments]
+        work.job.enter("")
+        kept: list[dict[str, Tensor]] = []
+        if not all(work.job.has(name) for name in names):
+            for name, given in zip(names, clips.given(), strict=False):
+                for what, tensor in given.items():
+                    require_finite(tensor, "E6002", f"encoding: the {what}")
+                work.job.save(name, given)
+                if not work.job.keeps:
+                    kept.append(given)
+        yield from kept
+        for name in names[len(kept) :]:
+            saved = work.job.load(name)
+            if saved is None:
+                raise InputError("E2020", f"resume: {name} is damaged. Run the command again without --resume.")
+            yield saved
 
     # --- denoise
 
@@ -327,35 +402,50 @@ class Pipeline:
         yield work.event("denoise", steps, steps, message="denoising was done before; resuming at the decoder")
         return [saved[str(i)].to(self.device) for i in range(len(work.plans))]
 
-    def _denoise(self, work: Work, conditioning: Conditioning) -> Generator[Event, None, list[Tensor]]:
-        """From noise to latents, one [C, T, h, w] for each video, on disk before they are returned."""
-        plan, job, takes = work.plan, work.job, len(work.plans)
-        state = job.load_state()
-        work.began_at = start = state.done if state else 0
-        message = f"resuming at step {start + 1} of {plan.steps}" if start else ""
-        yield work.event("denoise", start * takes, plan.steps * takes, message=message)
+    def _denoise(
+        self, work: Work, velocity: Experts, conditioning: Conditioning, segment: Segment, plans: Sequence[Plan],
+        first: int = 0,
+    ) -> Generator[Event, None, list[Tensor]]:  # fmt: skip
+        """From noise to latents, one [C, T, h, w] for each of `plans`, on disk before they are returned.
+
+        first: the number of the first of these videos among all of the run.
+        """
+        plan, job, takes = work.plan, work.job, len(plans)
+        state = job.load_state(takes)
+        start = state.done if state else 0
+        before = plan.steps * (first * len(plan.segments) + segment.index)  # steps of videos and clips before
+        if start:
+            work.began_at = before + start
+        message = _resuming(plan, segment, start)
+        yield work.event("denoise", before + start * takes, work.steps, message=message)
         said: dict[str, Tensor] = {}  # what the model answered last
-        with self._experts(plan, conditioning, said) as velocity:
-            runs = self._runs(work, velocity, conditioning, state)
-            latest: list[Step] = []
-            for index in range(start, plan.steps):
-                latest = []
-                for take, run in enumerate(runs):
-                    failpoint("step")
-                    step = next(run)
-                    self._require_finite_step(step, plan, said)
-                    latest.append(step)
-                    film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
-                    if len(latest) == takes:
-                        job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
-                    yield work.event(
-                        "denoise", index * takes + take + 1, plan.steps * takes, sigma=step.sigma, t=step.t,
-                        expert=velocity.name, seed=work.plans[take].seed, film=film,
-                    )  # fmt: skip
+        velocity.take(self._binder(plan, conditioning, said))
+        runs = self._runs(plans, segment, velocity, conditioning, state)
+        latest: list[Step] = []
+        for index in range(start, plan.steps):
+            latest = []
+            for take, run in enumerate(runs):
+                failpoint("step")
+                step = next(run)
+                self._require_finite_step(step, plan, segment, said)
+                latest.append(step)
+                film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
+                if len(latest) == takes:
+                    job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
+                yield work.event(
+                    "denoise", before + index * takes + take + 1, work.steps, sigma=step.sigma, t=step.t,
+                    expert=velocity.name, seed=plans[take].seed, clip=segment.index, film=film,
+                )  # fmt: skip
         return [step.x[0] for step in latest]
 
-    def _experts(self, plan: Plan, conditioning: Conditioning, said: dict[str, Tensor]) -> Experts:
-        """The velocity of this plan: guidance over the experts, of which one is loaded at a time."""
+    def _experts(self) -> Experts:
+        """The experts of this model, of which one is loaded at a time; what they are asked is told by `take`."""
+        return Experts(self.variant.experts, lambda name: self.parts.use("dit", expert=name))
+
+    def _binder(
+        self, plan: Plan, conditioning: Conditioning, said: dict[str, Tensor]
+    ) -> Callable[[str, Forward], Velocity]:
+        """How an expert becomes a velocity: under this conditioning, guided; what it answers is put into `said`."""
         scales = {span.expert: span.guidance for span in plan.spans}
 
         def heard(name: str, velocity: Velocity) -> Velocity:
@@ -366,99 +456,113 @@ class Pipeline:
 
             return listen
 
-        def bind(name: str, forward: Forward) -> Velocity:
-            cond = heard("velocity with the prompt", conditioned(forward, conditioning.cond))
-            if conditioning.uncond is None:
-                return cond
-            uncond = heard("velocity without the prompt", conditioned(forward, conditioning.uncond))
+        def bind(name: str, dit: Forward) -> Velocity:
+            said.clear()
+            with torch.no_grad():
+                cond = heard("velocity with the prompt", conditioned(dit, once(dit, conditioning.cond)))
+                if conditioning.uncond is None or scales[name] == 1:
+                    return cond
+                uncond = heard("velocity without the prompt", conditioned(dit, once(dit, conditioning.uncond)))
             return guided(cond, uncond, scales[name])
 
-        def use(name: str) -> AbstractContextManager[Forward]:
-            said.clear()
-            return self.parts.use("dit", expert=name)
-
-        return Experts(self.variant.experts, use, bind)
+        return bind
 
     def _runs(
-        self, work: Work, velocity: Velocity, conditioning: Conditioning, state: State | None
-    ) -> list[Iterator[Step]]:
+        self, plans: Sequence[Plan], segment: Segment, velocity: Velocity, conditioning: Conditioning,
+        state: State | None,
+    ) -> list[Iterator[Step]]:  # fmt: skip
         """A sampler for each video, at its beginning or at the state that was saved."""
-        sampler = SAMPLERS[work.plan.sampler]
+        sampler = SAMPLERS[plans[0].sampler]
         if conditioning.clean is not None:
             sampler = hold(sampler, conditioning.clean)
         if state is None:
-            return [sampler(velocity, noise(plan).to(self.device), plan.schedule) for plan in work.plans]
+            starts = [noise(plan, segment.index).to(self.device) for plan in plans]
+            return [sampler(velocity, x, plan.schedule) for plan, x in zip(plans, starts, strict=True)]
         runs = []
-        for plan, saved in zip(work.plans, state.takes, strict=True):
+        for plan, saved in zip(plans, state.takes, strict=True):
             here = {name: value.to(self.device) for name, value in saved.items()}
             x = here.pop("x")
             runs.append(sampler(velocity, x, plan.schedule, start=state.done, state=here))
         return runs
 
-    def _require_finite_step(self, step: Step, plan: Plan, said: Mapping[str, Tensor]) -> None:
+    def _require_finite_step(self, step: Step, plan: Plan, segment: Segment, said: Mapping[str, Tensor]) -> None:
         """One look at the latents; only when they are bad, at what they came from."""
         if bool(torch.isfinite(step.x).all()):
             return
         suspects = {**said, "prediction x0": step.x0, "latents": step.x}
         name = next(name for name, tensor in suspects.items() if not bool(torch.isfinite(tensor).all()))
-        where = (
-            f"step {step.index + 1} of {plan.steps}, expert {plan.span_at(step.index).expert}, sigma {step.sigma:.4f}"
-        )
+        expert = plan.span_at(step.index).expert
+        clip = _clip_words(plan, segment)
+        where = f"{clip}step {step.index + 1} of {plan.steps}, expert {expert}, sigma {step.sigma:.4f}"
         require_finite(suspects[name], "E6001", f"{where}: the {name}")
 
     # --- decode
 
+    def _output(self, work: Work, take: int) -> AbstractContextManager[Output]:
+        """Where the frames of video `take` go: its file, or memory."""
+        plan, request = work.plans[take], work.order.request
+        tensors = work.tensors_file(plan)
+        if not work.outputs:
+            return outputs.in_memory(plan, tensors, work.videos)
+        path = work.outputs[take]
+        return outputs.in_file(
+            plan, path, work.job, overwrite=request.overwrite, tensors_file=tensors,
+            sound=self._sound(work.order, path),
+        )  # fmt: skip
+
+    def _sound(self, order: Order, path: Path) -> Path | None:
+        """The file whose sound the video is to carry: what is spoken, or what the driving video sounds like."""
+        if not order.plan.in_clips or not media.can_carry_sound(path):
+            return None
+        for role in ("audio", "pose_video"):
+            source = getattr(order.request, role)
+            if source is not None and role in order.media and media.has_sound(Path(source)):
+                return Path(source)
+        return None
+
     def _decode(self, work: Work, latents: Sequence[Tensor]) -> Generator[Event, None, None]:
-        """Frames of each video, streamed into its file, which gets its name when it is whole."""
+        """Frames of each video, piece by piece into its output."""
         count = latents[0].shape[1]
         total = count * len(latents)
         yield work.event("decode", 0, total)
         with self.parts.use("vae") as vae:
             for take, (plan, z) in enumerate(zip(work.plans, latents, strict=True)):
-                path = work.outputs[take] if work.outputs else None
-                if path is not None and work.job.published(path):
+                if work.outputs and work.job.published(work.outputs[take]):
                     continue
-                pieces = self._frames(vae, z, plan, work)
-                keep = (
-                    self._to_memory(work, plan, z, pieces)
-                    if path is None
-                    else self._to_file(work, plan, z, path, pieces)
-                )
-                for number, _ in enumerate(keep, start=take * count + 1):
-                    yield work.event("decode", number, total, seed=plan.seed)
+                with self._output(work, take) as output:
+                    output.clip(z)
+                    for number, piece in enumerate(self._frames(vae, z), start=take * count + 1):
+                        output.write(piece)
+                        yield work.event("decode", number, total, seed=plan.seed)
 
-    def _frames(self, vae: Any, z: Tensor, plan: Plan, work: Work) -> Iterator[Tensor]:
+    def _decode_clip(
+        self, work: Work, output: Output, conditioning: Conditioning, z: Tensor, plan: Plan, segment: Segment,
+        before: int, total: int,
+    ) -> Generator[Event, None, Tensor]:  # fmt: skip
+        """The frames of a clip that are shown, into the output and returned: [1, 3, n, H, W] on the CPU."""
+        yield work.event("decode", before, total, clip=segment.index)
+        z = z[:, conditioning.drop :].to(self.device)
+        if conditioning.lead is not None:
+            z = torch.cat((conditioning.lead[0].to(z), z), 1)
+        output.clip(z)
+        skip, left, shown = segment.skip, segment.frames, []
+        share = segment.latent[1] / z.shape[1]
+        with self.parts.use("vae") as vae:
+            for number, piece in enumerate(self._frames(vae, z), start=1):
+                kept = piece[:, min(skip, piece.shape[1]) :][:, :left]
+                skip, left = max(0, skip - piece.shape[1]), left - kept.shape[1]
+                if kept.shape[1]:
+                    output.write(kept)
+                    shown.append(kept.cpu())
+                yield work.event("decode", before + round(number * share), total, seed=plan.seed, clip=segment.index)
+        return torch.cat(shown, 1)[None]
+
+    def _frames(self, vae: Any, z: Tensor) -> Iterator[Tensor]:
         """Pixels [3, n, H, W] in [-1, 1] of each latent frame in turn."""
         for number, piece in enumerate(vae.decode_chunks(z[None])):
             require_finite(piece, "E6003", f"decoding, latent frame {number + 1} of {z.shape[1]}: the pixels")
             failpoint("decode")
             yield piece[0].float()
-
-    def _to_memory(self, work: Work, plan: Plan, z: Tensor, pieces: Iterator[Tensor]) -> Iterator[None]:
-        kept = []
-        for piece in pieces:
-            kept.append(piece.cpu())
-            yield
-        video = Video(torch.cat(kept, 1), z.cpu(), plan)
-        if (path := work.tensors_file(plan)) is not None:
-            video.save_tensors(path)
-        work.videos.append(video)
-
-    def _to_file(self, work: Work, plan: Plan, z: Tensor, path: Path, pieces: Iterator[Tensor]) -> Iterator[None]:
-        overwrite, tensors_file = work.order.request.overwrite, work.tensors_file(plan)
-        kept = []
-        with atomic_path(path, overwrite=overwrite) as temporary:
-            with media.VideoWriter(temporary, fps=plan.fps, quality=plan.quality, comment=plan.to_json()) as file:
-                for piece in pieces:
-                    file.write(quantise(piece))
-                    failpoint("encode")
-                    if tensors_file is not None:
-                        kept.append(piece.cpu())
-                    yield
-            if tensors_file is not None:
-                Video(torch.cat(kept, 1), z.cpu(), plan).save_tensors(tensors_file)
-            work.job.announce(path.name, sha256_file(temporary))
-        failpoint("published")
 
 
 def load(
@@ -508,10 +612,29 @@ def _variant_of(path: Path) -> Variant:
 # ---------------------------------------------------------------- helpers
 
 
-def noise(plan: Plan) -> Tensor:
-    """The noise [1, C, T, h, w] float32 of a plan: one draw from its seed, on the CPU unless it says otherwise."""
-    generator = torch.Generator(plan.noise_device).manual_seed(plan.seed)
-    return torch.randn(plan.latent, generator=generator, device=plan.noise_device, dtype=torch.float32)[None]
+def noise(plan: Plan, index: int = 0) -> Tensor:
+    """The noise [1, C, T, h, w] float32 of a clip: drawn from its seed, on the CPU unless the plan says otherwise."""
+    segment = plan.segments[index]
+    generator = torch.Generator(plan.noise_device).manual_seed(segment.seed)
+    for _ in range(segment.draw + 1):
+        drawn = torch.randn(segment.latent, generator=generator, device=plan.noise_device, dtype=torch.float32)
+    return drawn[None]
+
+
+def once(dit: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """The keywords of the transformer for a clip: what its parts compute once, they compute here."""
+    given: Mapping[str, Any] = dit.once(inputs)
+    return given
+
+
+def _clip_words(plan: Plan, segment: Segment) -> str:
+    """'clip 2 of 5, ', or nothing where there is one."""
+    return f"clip {segment.index + 1} of {len(plan.segments)}, " if len(plan.segments) > 1 else ""
+
+
+def _resuming(plan: Plan, segment: Segment, start: int) -> str:
+    """'resuming at step 5 of 20'; nothing at the beginning."""
+    return f"resuming at {_clip_words(plan, segment)}step {start + 1} of {plan.steps}" if start else ""
 
 
 def require_finite(tensor: Tensor, code: str, what: str) -> None:

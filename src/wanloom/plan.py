@@ -11,16 +11,30 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from fractions import Fraction
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from wanloom.clips import (
+    Animation,
+    Clip,
+    Speech,
+    animate_cuts,
+    animation_of,
+    check_clips,
+    check_drivers,
+    speech_cuts,
+    speech_of,
+    speech_size,
+)
 from wanloom.errors import InputError
 from wanloom.request import (
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
+    ROLES,
     Request,
     Size,
     check_device,
@@ -41,12 +55,19 @@ MAX_JSON = 1 << 20  # a Plan of 1000 steps has 60 kB
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A file the video is made from: role ("image", "last_image"), base name, SHA-256, size in pixels (w, h)."""
+    """A file the video is made from: its role ("image", "audio", "pose_video", ...), base name and SHA-256.
+
+    size: (w, h) of a picture or a video in pixels; samples: of a sound, at 16 kHz; frames and rate (numerator,
+    denominator; a second): of a video.
+    """
 
     role: str
     name: str
     sha256: str
-    size: Size
+    size: Size = (0, 0)
+    samples: int = 0
+    frames: int = 0
+    rate: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +82,19 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One clip of the video: pixel frames, the latent's shape (C, T, h, w), the seed of its noise."""
+    """One clip of the video: frames shown, the latent's shape (C, T, h, w), the seed of its noise.
+
+    draw: how many noises of that seed come before it; skip: decoded frames at the start that are not shown; start: the
+    frame of the whole that its first one stands for.
+    """
 
     index: int
     frames: int
     latent: tuple[int, int, int, int]
     seed: int
+    draw: int = 0
+    skip: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +124,8 @@ class Plan:
     segments: tuple[Segment, ...]
     inputs: tuple[Input, ...] = ()
     notes: tuple[str, ...] = ()  # worth one warning line each
+    speech: Speech | None = None
+    animation: Animation | None = None
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
@@ -105,6 +135,16 @@ class Plan:
     @property
     def schedule(self) -> Schedule:
         return Schedule(sigmas=self.sigmas, timesteps=self.timesteps)
+
+    @property
+    def in_clips(self) -> bool:
+        """Whether the task makes its videos clip by clip, be there one clip or more."""
+        return self.speech is not None or self.animation is not None
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second of the file."""
+        return Fraction(self.fps) if self.animation is None else Fraction(*self.animation.rate)
 
     def input(self, role: str) -> Input | None:
         """The input with this role, or None."""
@@ -163,16 +203,20 @@ def make_plan(
     image = image_size or given.get("image")
     if request.image is not None and image is None and not draft:
         raise InputError("E2015", "image: its size is not known; read the picture before planning.")
-    asked, size = _sizes(request, variant, image)
+    asked, size = _sizes(request, variant, given.get("pose_video") if variant.conditioner == "animate" else image)
     frames = _frames(request, variant)
+    check_drivers(inputs)
+    speech = speech_of(request, variant)
+    animation = animation_of(request, variant, next((i.rate for i in inputs if i.role == "pose_video"), None))
     if request.last_image is not None and frames == 1:
         raise InputError(
             "E2005", f"frames: got 1, a last picture needs a second frame. Use {variant.vae.stride[0] + 1}."
         )
-    latent = latent_shape(variant, size, frames)
     shift, schedule = _schedule(request, variant, asked)
     low_high = _guidance(request, variant)
     seed = _decide_seed(request, random_seed)
+    cuts = _cuts(request, variant, frames, inputs, speech, animation)
+    segments = tuple(_segment(variant, size, i, cut, seed) for i, cut in enumerate(cuts))
     negative = request.negative_prompt or variant.defaults.negative_prompt
     return Plan(
         variant=variant.name,
@@ -182,8 +226,8 @@ def make_plan(
         negative_prompt=negative,
         asked=asked,
         size=size,
-        frames=frames,
-        fps=_default(request.fps, variant.defaults.fps),
+        frames=sum(part.frames for part in segments),
+        fps=round(Fraction(*animation.rate)) if animation else _default(request.fps, variant.defaults.fps),
         quality=variant.defaults.quality,
         sampler=_default(request.sampler, variant.defaults.sampler),
         steps=schedule.steps,
@@ -194,9 +238,11 @@ def make_plan(
         spans=expert_spans(variant, schedule.timesteps, low_high),
         seed=seed,
         noise_device=_default(request.noise_device, "cpu"),
-        segments=(Segment(index=0, frames=frames, latent=latent, seed=seed),),
+        segments=segments,
         inputs=tuple(inputs),
         notes=_notes(variant, asked),
+        speech=speech,
+        animation=animation,
     )
 
 
@@ -209,16 +255,32 @@ def request_like(plan: Plan) -> Request:
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         size=plan.asked,
-        frames=plan.frames,
         steps=None if explicit else plan.steps,
         shift=plan.shift,
         sigmas=plan.sigmas if explicit else None,
         guidance=low if low == high else (low, high),
         sampler=plan.sampler,
         seed=plan.seed,
-        fps=plan.fps,
         noise_device=plan.noise_device,
+        **({"frames": plan.frames, "fps": plan.fps} if not plan.in_clips else _clips_like(plan)),
     )
+
+
+def _clips_like(plan: Plan) -> dict[str, Any]:
+    """The fields of a request that decided the clips of this Plan."""
+    if (speech := plan.speech) is not None:
+        return {
+            "num_clips": len(plan.segments), "infer_frames": speech.infer_frames, "resize": speech.resize,
+            "start_from_ref": speech.start_from_ref, "audio_window": speech.window,
+            "reference_timing": speech.trim == 0 and not speech.start_from_ref, "last_audio_state": speech.last_state,
+        }  # fmt: skip
+    assert plan.animation is not None
+    _, time, _, _ = plan.latent
+    return {
+        "frames": 4 * (time - 2) + 1, "fps": plan.fps if plan.rate.denominator == 1 else None,
+        "refert_num": plan.animation.shared, "replace_flag": plan.animation.replace,
+        "use_relighting_lora": plan.animation.relight,
+    }  # fmt: skip
 
 
 def differences(plan: Plan, other: Plan) -> tuple[str, ...]:
@@ -238,7 +300,8 @@ def check_request(request: Request, variant: Variant, *, draft: bool = False) ->
         check_prompt(request.negative_prompt, "negative-prompt")
     if request.out is not None:
         check_out(request.out)
-    _check_pictures(request, variant, draft)
+    _check_inputs(request, variant, draft)
+    check_clips(request, variant, draft=draft)
     _whole_between(request.fps, "fps", "E2032", 1, 120)
     _whole_between(request.num, "num", "E2029", 1, 10_000)
     _whole_between(request.save_every, "save-every", "E2030", 1, MAX_STEPS)
@@ -254,15 +317,19 @@ def check_request(request: Request, variant: Variant, *, draft: bool = False) ->
             )
 
 
-def _check_pictures(request: Request, variant: Variant, draft: bool) -> None:
-    for role, option in (("image", "--image"), ("last_image", "--last-image")):
+def _check_inputs(request: Request, variant: Variant, draft: bool) -> None:
+    """Each picture, sound and video has a use for this task, and none is missing."""
+    for role in ROLES:
+        option = role.replace("_", "-")
         given = getattr(request, role) is not None
         if given and not variant.takes(role):
-            raise InputError(
-                "E2016", f"{option[2:]}: not used by {variant.name}. Leave it out, or choose a task for it."
-            )
-        if not given and variant.needs(role) and not draft:
-            raise InputError("E2015", f"{option[2:]}: {variant.name} needs a picture. Give {option} FILE.")
+            raise InputError("E2016", f"{option}: not used by {variant.name}. Leave it out, or choose a task for it.")
+        if given or draft or not variant.needs(role):
+            continue
+        if role == "audio":
+            raise InputError("E2024", f"audio: {variant.name} needs a sound. Give --audio FILE, or --tts-text TEXT.")
+        what = "a picture" if role == "image" else "a video"
+        raise InputError("E2015", f"{option}: {variant.name} needs {what}. Give --{option} FILE.")
     if request.last_image is not None and request.image is None:
         raise InputError("E2015", "image: a last image needs a first one. Give --image FILE.")
 
@@ -316,15 +383,35 @@ def latent_shape(variant: Variant, size: Size, frames: int) -> tuple[int, int, i
     return variant.vae.z, (frames - 1) // time + 1, size[1] // down, size[0] // right
 
 
+def _driven_size(request: Request, variant: Variant, driver: Size | None) -> tuple[Size, Size]:
+    """animate makes the size of its pose video."""
+    size = driver or (_asked_size(request, variant))
+    multiple = variant.multiple
+    if request.size is not None and _asked_size(request, variant) != size:
+        raise InputError("E2003", f"size: {variant.name} makes the size of the pose video, {size[0]}x{size[1]}.")
+    if size[0] % multiple or size[1] % multiple:
+        near = _nearest(size, multiple)
+        raise InputError(
+            "E3019",
+            f"pose-video: {size[0]}x{size[1]}, expected sides in multiples of {multiple}: {near[0]}x{near[1]}. "
+            "`wanloom preprocess animate` makes such videos.",
+        )
+    return size, size
+
+
 def _sizes(request: Request, variant: Variant, image: Size | None) -> tuple[Size, Size]:
-    """The size named, and the size made: with a picture only the area counts."""
+    """The size named, and the size made: with a picture (or a pose video, `image`) only the area of the first counts."""
     asked = _asked_size(request, variant)
     multiple = variant.multiple
     size = asked
+    if variant.conditioner == "animate":
+        return _driven_size(request, variant, image)
     if image is not None and variant.conditioner != "text":
         _check_side_pair(image, "image", "E3007")
         area = asked[0] * asked[1]
-        if variant.conditioner == "image":
+        if variant.conditioner == "speech":
+            size = speech_size(image, area)
+        elif variant.conditioner == "image":
             size = image_area_size(image, area, variant.vae.stride[1], variant.dit.patch[1])
         else:
             size = best_area_size(image, area, multiple)
@@ -382,13 +469,45 @@ def _listed(variant: Variant) -> str:
 def _notes(variant: Variant, asked: Size) -> tuple[str, ...]:
     if asked in variant.sizes:
         return ()
-    return (f"size: {asked[0]}x{asked[1]} is not one {variant.name} was trained for ({_listed(variant)}).",)
+    return (f"W2004: size: {asked[0]}x{asked[1]} is not one {variant.name} was trained for ({_listed(variant)}).",)
+
+
+# --- clips ----------------------------------------------------------------------------------------------------------
+
+
+def _cuts(
+    request: Request, variant: Variant, frames: int, inputs: Sequence[Input],
+    speech: Speech | None, animation: Animation | None,
+) -> tuple[Clip, ...]:  # fmt: skip
+    """The clips of the video; a task without clips has one.  A draft without a sound or a driver counts one, too."""
+    there = {item.role: item for item in inputs}
+    if speech is not None:
+        sound = there.get("audio")
+        return speech_cuts(request.num_clips, variant, speech, sound.samples if sound else None)
+    if animation is not None:
+        driver = there.get("pose_video")
+        return animate_cuts(driver.frames if driver else frames, frames, animation.shared)
+    return (Clip(frames=frames, latents=(frames - 1) // variant.vae.stride[0] + 1, skip=0, start=0),)
+
+
+def _segment(variant: Variant, size: Size, index: int, cut: Clip, seed: int) -> Segment:
+    """A clip with its latent and noise: each clip of s2v has a seed, each of animate the next noise of one seed."""
+    channels, _, height, width = latent_shape(variant, size, 1)
+    animate = variant.conditioner == "animate"
+    time = cut.latents + animate  # the character's picture is a latent frame of its own
+    return Segment(
+        index=index, frames=cut.frames, latent=(channels, time, height, width), seed=seed if animate else seed + index,
+        draw=index if animate else 0, skip=cut.skip, start=cut.start,
+    )  # fmt: skip
 
 
 # --- frames, schedule, guidance, seed --------------------------------------------------------------------------------
 
 
 def _frames(request: Request, variant: Variant) -> int:
+    """Frames of the video, or of a clip where the task makes several."""
+    if variant.conditioner == "speech":
+        return variant.defaults.frames
     frames = _default(request.frames, variant.defaults.frames)
     stride = variant.vae.stride[0]
     limit = stride * (GRID // variant.dit.patch[0] - 1) + 1
@@ -513,9 +632,10 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
 
 def _decode_object(kind: Any, value: Any, path: str) -> Any:
     hints = get_type_hints(kind)
-    if not isinstance(value, dict) or set(value) != set(hints):
-        found = set(value) if isinstance(value, dict) else set()
-        odd = ", ".join(sorted(found ^ set(hints))[:5])
+    needed = {entry.name for entry in fields(kind) if entry.default is MISSING}
+    found = set(value) if isinstance(value, dict) else set()
+    if not isinstance(value, dict) or not needed <= found <= set(hints):
+        odd = ", ".join(sorted((needed - found) | (found - set(hints)))[:5])
         raise InputError("E3022", f"{path}: keys missing or unknown: {odd}.")
     return kind(**{name: _decode(hints[name], item, f"{path}.{name}") for name, item in value.items()})
 

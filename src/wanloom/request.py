@@ -27,6 +27,8 @@ MAX_GUIDANCE = 1000.0
 MAX_NUM = 10_000
 SUFFIXES = (".mp4", ".mkv", ".webm", ".gif", ".png")
 DTYPES = ("float32", "bfloat16")
+# Fields that name a picture, a sound or a video the result is made from.
+ROLES = ("image", "last_image", "audio", "pose_video", "face_video", "background_video", "mask_video")
 
 Size = tuple[int, int]
 Picture = Any  # a path, or a picture in memory (PIL image); `media.read_image` and the pipeline know which
@@ -114,6 +116,22 @@ def parse_num(text: str) -> int:
 
 def parse_save_every(text: str) -> int:
     return _integer(text, "save-every", "E2030", "a whole number of steps, 1 or more")
+
+
+def parse_num_clips(text: str) -> int:
+    return _integer(text, "num-clips", "E2024", "a whole number, 1 or more")
+
+
+def parse_infer_frames(text: str) -> int:
+    return _integer(text, "infer-frames", "E2005", "a multiple of 4")
+
+
+def parse_audio_window(text: str) -> int:
+    return _integer(text, "audio-window", "E2035", "seconds, or 0 for all at once")
+
+
+def parse_refert_num(text: str) -> int:
+    return _integer(text, "refert-num", "E2035", "1 or 5")
 
 
 def parse_out(text: str) -> Path:
@@ -245,6 +263,51 @@ class Request:
     fps: int | None = _option("video", parse_fps, "frames per second of the file (default: the model's)", metavar="N")
     image: Picture | None = _option("video", parse_path, "the picture to start from", "first-frame", metavar="FILE")
     last_image: Picture | None = _option("video", parse_path, "the picture to end on", "last-frame", metavar="FILE")
+    audio: Path | None = _option("video", parse_path, "the sound that a picture speaks (s2v)", metavar="FILE")
+    num_clips: int | None = _option(
+        "video",
+        parse_num_clips,
+        "how many clips at most (s2v; default: to the end of the sound)",
+        "num-clip",
+        metavar="N",
+    )
+    infer_frames: int | None = _option(
+        "video", parse_infer_frames, "frames of a clip, a multiple of 4 (s2v)", metavar="N"
+    )
+    start_from_ref: bool = _option(
+        "video", parse_switch, "the picture itself is the past of the first clip (s2v)", default=False, switch=True
+    )
+    audio_window: int | None = _option(
+        "video", parse_audio_window, "seconds of a sound above a minute encoded at a time; 0: all (s2v)", metavar="N"
+    )
+    reference_timing: bool = _option(
+        "video", parse_switch, "do not trim the sound by the frames dropped first (s2v)", default=False, switch=True
+    )
+    resize: str | None = _option(
+        "video", parse_text, "how the picture is fitted: cover, or reference, which may leave black (s2v)"
+    )
+    last_audio_state: str | None = _option(
+        "video", parse_text, "last state of the audio encoder: normed, or raw as transformers 5 gives it (s2v)"
+    )
+    tts_text: str | None = _option("video", parse_text, "what is to be said; a program or a server speaks it (s2v)")
+    src_root_path: Path | None = _option(
+        "video", parse_path, "folder of `wanloom preprocess animate`: picture and videos at once", metavar="DIR"
+    )
+    pose_video: Path | None = _option("video", parse_path, "drawn pose to follow (s2v, animate)", metavar="FILE")
+    face_video: Path | None = _option("video", parse_path, "the driver's face (animate)", metavar="FILE")
+    background_video: Path | None = _option(
+        "video", parse_path, "what the character is put into (animate)", metavar="FILE"
+    )
+    mask_video: Path | None = _option("video", parse_path, "where the character is put (animate)", metavar="FILE")
+    refert_num: int | None = _option(
+        "video", parse_refert_num, "frames a clip shares with the one before: 1 or 5 (animate)", metavar="N"
+    )
+    replace_flag: bool = _option(
+        "video", parse_switch, "put the character into the background video (animate)", default=False, switch=True
+    )
+    use_relighting_lora: bool = _option(
+        "video", parse_switch, "fit the character to the light of the scene (animate)", default=False, switch=True
+    )
     noise_device: str | None = _option(
         "video", parse_noise_device, "where noise is drawn: cpu (default: a seed means the same everywhere) or cuda"
     )  # fmt: skip
@@ -258,6 +321,17 @@ class Request:
     tokenizer: Path | None = _option("model", parse_path, "tokenizer directory or tokenizer.json", metavar="PATH")
     clip: Path | None = _option("model", parse_path, "CLIP image encoder file (Wan2.1 image tasks)", metavar="FILE")
 
+    audio_encoder: Path | None = _option("model", parse_path, "wav2vec2 directory or file (s2v)", metavar="PATH")
+    relighting_lora: Path | None = _option(
+        "model", parse_path, "relighting LoRA file, when it is not in the checkpoint (animate)", metavar="FILE"
+    )
+
+    tts_command: str | None = _option(
+        "run", parse_text, "program that speaks: its arguments, with {text} and {out}", metavar="CMD"
+    )
+    tts_url: str | None = _option("run", parse_text, "OpenAI-compatible server that speaks", metavar="URL")
+    tts_voice: str | None = _option("run", parse_text, "voice of that server", metavar="NAME")
+    tts_model: str | None = _option("run", parse_text, "model of that server", metavar="NAME")
     out: Path | None = _option(
         "run", parse_out, f"output file ({' '.join(SUFFIXES)})", "save-file", metavar="FILE"
     )  # fmt: skip
@@ -321,8 +395,10 @@ class Unavailable:
     code: str
     harmless: tuple[str, ...] | None  # values (lower case) that change nothing; None: every value
     switch: bool = False  # also valid without a value, which then means true
+    cure: str = "Leave it out."
 
 
+SPEAK = "Any program can speak: use --tts-text with --tts-command."
 _OFF = ("false", "f", "no", "n", "0")
 
 UNAVAILABLE: tuple[Unavailable, ...] = (
@@ -335,13 +411,16 @@ UNAVAILABLE: tuple[Unavailable, ...] = (
     Unavailable(("--prompt_extend_method", "--prompt-extend-method"), "E2026", None),
     Unavailable(("--prompt_extend_model", "--prompt-extend-model"), "E2026", None),
     Unavailable(("--prompt_extend_target_lang", "--prompt-extend-target-lang"), "E2026", None),
+    Unavailable(("--enable_tts", "--enable-tts"), "E2026", _OFF, switch=True, cure=SPEAK),
+    Unavailable(("--tts_prompt_audio", "--tts-prompt-audio"), "E2026", (), cure=SPEAK),
+    Unavailable(("--tts_prompt_text", "--tts-prompt-text"), "E2026", (), cure=SPEAK),
 )
 
 
 def check_unavailable(option: Unavailable, value: str) -> None:
     """Nothing, or the refusal (exit 2) when `value` asks for something this version does not do."""
     if option.harmless is not None and value.strip().lower() not in option.harmless:
-        raise InputError(option.code, f"{option.flags[0]} {value}: not available in this version. Leave it out.")
+        raise InputError(option.code, f"{option.flags[0]} {value}: not available in this version. {option.cure}")
 
 
 def request_from_text(values: Mapping[str, str | bool]) -> Request:

@@ -28,7 +28,8 @@ class Event:
     """Something happened.  A stage begins with step 0 and ends with step == steps.
 
     stage: "encode", "denoise", "decode", "done".  step of steps: over all videos of the run.  seconds: since the last
-    event.  sigma, t, expert: of a denoising step.  message: a sentence worth showing ("resuming at step 5 of 20").
+    event.  sigma, t, expert: of a denoising step; clip: which one of the video.
+    message: a sentence worth showing ("resuming at step 5 of 20").
     peak_host, peak_gpu: bytes so far.  film(): the latents as small pictures (denoise, when the request has preview).
     """
 
@@ -40,6 +41,7 @@ class Event:
     t: float | None = None
     expert: str | None = None
     seed: int | None = None
+    clip: int | None = None
     message: str = ""
     peak_host: int = 0
     peak_gpu: int | None = None
@@ -51,8 +53,9 @@ class Video:
     """A finished video in memory."""
 
     tensor: Tensor  # [3, F, H, W] float32 in [-1, 1]
-    latents: Tensor  # [C, T, h, w] float32, as given to the decoder
+    latents: Tensor  # [C, T, h, w] float32, as given to the decoder: of the first clip
     plan: Plan
+    clips: tuple[Tensor, ...] = ()  # the same of every clip
 
     @property
     def frames(self) -> NDArray[np.uint8]:
@@ -60,10 +63,17 @@ class Video:
         return quantise(self.tensor)
 
     def save_tensors(self, path: str | Path) -> Path:
-        """Write `latents` and `video` as float32 safetensors, the Plan in their metadata."""
+        """Write `latents` and `video` as float32 safetensors, the Plan in their metadata.
+
+        Of a video made clip by clip `decode_latents_0`, `decode_latents_1`, ... [1, C, T, h, w], what was put before a
+        clip's own included.
+        """
         from safetensors.torch import save
 
         tensors = {"latents": self.latents.float().contiguous(), "video": self.tensor.float().contiguous()}
+        if self.plan.in_clips:
+            del tensors["latents"]
+            tensors |= {f"decode_latents_{i}": z[None].float().contiguous() for i, z in enumerate(self.clips)}
         write_atomic(path, save(tensors, metadata={"plan": self.plan.to_json()}))
         return Path(path)
 

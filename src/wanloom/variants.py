@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from wanloom.errors import InputError, did_you_mean
-from wanloom.models.config import VAE_21, VAE_22, ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import (
+    VAE_21,
+    VAE_22,
+    AnimateConfig,
+    AudioConfig,
+    ClipConfig,
+    DiTConfig,
+    SpeechConfig,
+    TextConfig,
+    VaeConfig,
+)
 
 # The official negative prompts. The unconditional branch of every published model was meant to see this text: an empty
 # negative prompt is replaced by it, so the wording is part of the model (garish colours, overexposed, static, ...).
@@ -58,7 +68,7 @@ class Defaults:
 class PublishedFile:
     """A file (or a set of shards) of a published checkpoint: which part it is, its name in the repository, bytes."""
 
-    part: str  # dit, text, vae, clip, tokenizer
+    part: str  # dit, text, vae, clip, audio, tokenizer
     name: str
     bytes: int
     expert: str | None = None
@@ -81,8 +91,9 @@ class Variant:
     vae: VaeConfig = VAE_21
     text: TextConfig = UMT5_XXL
     clip: ClipConfig | None = None
+    audio: AudioConfig | None = None
     conditioner: str = "text"
-    images: tuple[tuple[str, bool], ...] = ()
+    inputs: tuple[tuple[str, bool], ...] = ()
     defaults: Defaults
     sizes: tuple[Size, ...] = SIZES_720P + SIZES_480P
     repos: tuple[str, ...] = ()
@@ -98,12 +109,12 @@ class Variant:
     def expert_names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.experts)
 
-    def takes(self, image: str) -> bool:
-        """Whether the task has a use for this picture ("image" or "last_image")."""
-        return any(name == image for name, _ in self.images)
+    def takes(self, role: str) -> bool:
+        """Whether the task has a use for this input ("image", "last_image", "audio", "pose_video", ...)."""
+        return any(name == role for name, _ in self.inputs)
 
-    def needs(self, image: str) -> bool:
-        return (image, True) in self.images
+    def needs(self, role: str) -> bool:
+        return (role, True) in self.inputs
 
     def expert_at(self, t: float) -> str:
         """The expert that runs a step with timestep t in [0, 1000]."""
@@ -121,11 +132,15 @@ _VAE_22_FILE = PublishedFile(part="vae", name="Wan2.2_VAE.pth", bytes=2_818_839_
 _CLIP_FILE = PublishedFile(
     part="clip", name="models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", bytes=4_772_359_140
 )
+_AUDIO_FILE = PublishedFile(part="audio", name="wav2vec2-large-xlsr-53-english/model.safetensors", bytes=1_261_942_732)
 _SHARDS = "diffusion_pytorch_model-*.safetensors"
 
 
-def _files(*dit: PublishedFile, vae: PublishedFile = _VAE_21_FILE, clip: bool = False) -> tuple[PublishedFile, ...]:
-    return (*dit, vae, _UMT5, _TOKENIZER, *((_CLIP_FILE,) if clip else ()))
+def _files(
+    *dit: PublishedFile, vae: PublishedFile = _VAE_21_FILE, clip: bool = False, audio: bool = False
+) -> tuple[PublishedFile, ...]:
+    beside = (*((_CLIP_FILE,) if clip else ()), *((_AUDIO_FILE,) if audio else ()))
+    return (*dit, vae, _UMT5, _TOKENIZER, *beside)
 
 
 def _dit_file(name: str, parameters: int, expert: str | None = None) -> PublishedFile:
@@ -156,7 +171,7 @@ I2V_A14B = replace(
     dit=DiTConfig(in_channels=36),
     experts=(("high_noise_model", 0.900), ("low_noise_model", 0.0)),
     conditioner="image",
-    images=(("image", True), ("last_image", False)),
+    inputs=(("image", True), ("last_image", False)),
     defaults=Defaults(guidance=(3.5, 3.5)),
     repos=("Wan-AI/Wan2.2-I2V-A14B",),
     files=_files(*_expert_files(14_288_901_184)),
@@ -168,11 +183,47 @@ TI2V_5B = Variant(
     dit=DiTConfig(dim=3072, ffn_dim=14336, heads=24, layers=30, in_channels=48, out_channels=48),
     vae=VAE_22,
     conditioner="clean_frame",
-    images=(("image", False),),
+    inputs=(("image", False),),
     defaults=Defaults(size=(1280, 704), frames=121, fps=24, steps=50),
     sizes=SIZES_5B,
     repos=("Wan-AI/Wan2.2-TI2V-5B",),
     files=_files(_dit_file(_SHARDS, 4_999_787_712), vae=_VAE_22_FILE),
+)
+# The negative prompt of the published configuration of s2v (blurred, agitated, shaking hands, subtitles, ...).
+NEGATIVE_S2V = (
+    "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+S2V_14B = Variant(
+    name="s2v-14B",
+    task="s2v-14B",
+    about="Wan2.2, a picture that speaks, from a sound (and a pose video), 16 billion parameters",
+    dit=DiTConfig(speech=SpeechConfig()),
+    audio=AudioConfig(),
+    conditioner="speech",
+    inputs=(("image", True), ("audio", True), ("pose_video", False)),
+    defaults=Defaults(size=(1024, 704), frames=80, shift=3.0, guidance=(4.5, 4.5), negative_prompt=NEGATIVE_S2V),
+    sizes=(*SIZES_720P, *SIZES_480P, (704, 1024), (1024, 704), *SIZES_5B),
+    repos=("Wan-AI/Wan2.2-S2V-14B",),
+    files=_files(_dit_file(_SHARDS, 16_295_755_609), audio=True),
+)
+ANIMATE_14B = Variant(
+    name="animate-14B",
+    task="animate-14B",
+    about="Wan2.2, a character that moves as a driving video does, 17 billion parameters and a CLIP image encoder",
+    dit=DiTConfig(in_channels=36, image_dim=1280, animate=AnimateConfig()),
+    clip=ClipConfig(),
+    conditioner="animate",
+    inputs=(
+        ("image", True),
+        ("pose_video", True),
+        ("face_video", True),
+        ("background_video", False),
+        ("mask_video", False),
+    ),
+    defaults=Defaults(frames=77, fps=30, steps=20, guidance=(1.0, 1.0)),
+    repos=("Wan-AI/Wan2.2-Animate-14B",),
+    files=_files(_dit_file(_SHARDS, 17_274_816_884), clip=True),
 )
 T2V_14B = Variant(
     name="t2v-14B",
@@ -201,7 +252,7 @@ I2V_14B = Variant(
     dit=DiTConfig(in_channels=36, image_dim=1280),
     clip=ClipConfig(),
     conditioner="image",
-    images=(("image", True),),
+    inputs=(("image", True),),
     defaults=Defaults(shift_480p=3.0, negative_prompt=NEGATIVE_I2V_21),
     repos=("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P"),
     files=_files(_dit_file(_SHARDS, 16_394_878_784), clip=True),
@@ -212,7 +263,7 @@ FLF2V_14B = replace(
     task="flf2v-14B",
     about="Wan2.1, a video between a first and a last image, 14 billion parameters and a CLIP image encoder",
     dit=DiTConfig(in_channels=36, image_dim=1280, image_positions=514),
-    images=(("image", True), ("last_image", True)),
+    inputs=(("image", True), ("last_image", True)),
     defaults=Defaults(steps=50, shift=16.0, negative_prompt=NEGATIVE_FLF_21),
     repos=("Wan-AI/Wan2.1-FLF2V-14B-720P",),
     files=_files(_dit_file(_SHARDS, 16_395_536_704), clip=True),
@@ -222,6 +273,7 @@ FLF2V_14B = replace(
 # text is the empty one. A checkpoint's own sizes (vocabulary, text length) are read from its files.
 _DEMO_DIT = DiTConfig(dim=128, ffn_dim=384, heads=4, layers=6, text_dim=96, text_len=24)
 _DEMO_VAE = VaeConfig(dim=16, decoder_dim=16, multipliers=(1, 1, 2, 4), blocks=1)
+_PEOPLE_VAE = replace(_DEMO_VAE, multipliers=(1, 1, 2, 3))
 _DEMO_DEFAULTS = Defaults(size=(64, 64), frames=17, fps=8, steps=20, guidance=(3.0, 4.0), negative_prompt="")
 
 DEMO_T2V = Variant(
@@ -244,7 +296,7 @@ DEMO_I2V = replace(
     dit=replace(_DEMO_DIT, in_channels=36),
     experts=I2V_A14B.experts,
     conditioner="image",
-    images=I2V_A14B.images,
+    inputs=I2V_A14B.inputs,
     defaults=replace(_DEMO_DEFAULTS, guidance=(2.0, 2.0)),
 )
 DEMO_TI2V = replace(
@@ -256,15 +308,52 @@ DEMO_TI2V = replace(
     experts=TI2V_5B.experts,
     vae=replace(VAE_22, dim=16, decoder_dim=24, multipliers=(1, 1, 4, 4), blocks=1),
     conditioner="clean_frame",
-    images=TI2V_5B.images,
+    inputs=TI2V_5B.inputs,
     defaults=replace(_DEMO_DEFAULTS, size=(128, 128), guidance=(4.0, 4.0)),
     sizes=((128, 128),),
+)
+_PEOPLE_TEXT = TextConfig(dim=48, ffn_dim=96, heads=2, head_dim=24, layers=1, vocab=128)
+_PEOPLE_DIT = DiTConfig(dim=128, ffn_dim=384, heads=4, layers=4, text_dim=48, text_len=24)
+DEMO_S2V = Variant(
+    name="demo-s2v",
+    task="s2v-14B",
+    about="our own small model of drawn heads that speak, from a picture and a sound, as Wan2.2 s2v-14B",
+    dit=replace(_PEOPLE_DIT, speech=SpeechConfig(audio_dim=48, audio_states=3, layers=(0, 2))),
+    vae=_PEOPLE_VAE,
+    text=_PEOPLE_TEXT,
+    audio=AudioConfig(dim=48, ffn_dim=96, heads=4, layers=2, conv_dim=(32,) * 7, positions=16, groups=4),
+    conditioner="speech",
+    inputs=S2V_14B.inputs,
+    defaults=Defaults(size=(64, 64), frames=20, fps=16, steps=10, shift=3.0, guidance=(1.0, 1.0), negative_prompt=""),
+    sizes=((64, 64),),
+    demo=True,
+)
+DEMO_ANIMATE = Variant(
+    name="demo-animate",
+    task="animate-14B",
+    about="our own small model of drawn figures that dance, from a picture and a pose video, as Wan2.2 animate-14B",
+    dit=replace(
+        _PEOPLE_DIT,
+        layers=5,
+        in_channels=36,
+        image_dim=32,
+        animate=AnimateConfig(layers=(0, 3), face_dim=16, motion_dim=32, directions=8, widths=(8, 8, 16, 16, 32)),
+    ),
+    vae=_PEOPLE_VAE,
+    text=_PEOPLE_TEXT,
+    clip=ClipConfig(dim=32, ffn_dim=64, heads=2, layers=2, patch=16, image=64, projection=32),
+    conditioner="animate",
+    inputs=ANIMATE_14B.inputs,
+    defaults=Defaults(size=(64, 64), frames=17, fps=16, steps=10, shift=3.0, guidance=(1.0, 1.0), negative_prompt=""),
+    sizes=((64, 64),),
+    demo=True,
 )
 
 VARIANTS: dict[str, Variant] = {
     row.name: row
     for row in (
-        T2V_A14B, I2V_A14B, TI2V_5B, T2V_1_3B, T2V_14B, I2V_14B, FLF2V_14B, DEMO_T2V, DEMO_I2V, DEMO_TI2V,
+        T2V_A14B, I2V_A14B, TI2V_5B, S2V_14B, ANIMATE_14B, T2V_1_3B, T2V_14B, I2V_14B, FLF2V_14B,
+        DEMO_T2V, DEMO_I2V, DEMO_TI2V, DEMO_S2V, DEMO_ANIMATE,
     )
 }  # fmt: skip
 

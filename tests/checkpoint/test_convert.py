@@ -16,13 +16,16 @@ import tiny
 from wanloom.checkpoint import manifest
 from wanloom.checkpoint.convert import convert, save_official
 from wanloom.checkpoint.find import contents, resolve
+from wanloom.checkpoint.layouts import LAYOUTS
 from wanloom.checkpoint.load import load_into, read_source, survey, survey_dit
 from wanloom.checkpoint.shapes import dit_shapes, text_shapes, vae_shapes
 from wanloom.checkpoint.weights import open_weights
-from wanloom.encoders import build_umt5
+from wanloom.encoders import build_clip, build_umt5, build_wav2vec2
 from wanloom.errors import InputError
+from wanloom.models.adapters import build_dit
 from wanloom.models.dit import DiT
 from wanloom.models.vae import CausalVae
+from wanloom.parts import BUILD
 from wanloom.variants import VARIANTS
 from weight_files import SMALL_DIT, SMALL_TEXT, SMALL_VAE, saved_zip, values_for, zip_with_pickle
 
@@ -30,7 +33,7 @@ from weight_files import SMALL_DIT, SMALL_TEXT, SMALL_VAE, saved_zip, values_for
 def tensors_of(root: Path) -> dict[str, Tensor]:
     """Every tensor of a model directory under its official name."""
     found = contents(root)
-    places = {**found.experts, "vae": found.vae, "text": found.text, "clip": found.clip}
+    places = {**found.experts, "vae": found.vae, "text": found.text, "clip": found.clip, "audio": found.audio}
     return {
         f"{part}: {name}": read_source(source)
         for part, place in places.items()
@@ -50,8 +53,11 @@ def refused(code: str, *arguments: object, **options: object) -> str:
     return caught.value.message
 
 
-@pytest.mark.parametrize("to", ["official", "diffusers", "comfy"])
-@pytest.mark.parametrize("name", tiny.TINY)
+ADAPTED = ("s2v-14B", "animate-14B")  # with parts that diffusers' layout has no place for
+WAYS = [(name, to) for name in tiny.TINY for to in LAYOUTS if name not in ADAPTED or to != "diffusers"]
+
+
+@pytest.mark.parametrize(("name", "to"), WAYS)
 def test_there_and_back_gives_the_same_bits_and_sizes(models: Path, tmp_path: Path, name: str, to: str) -> None:
     there = convert(models / name, tmp_path / "there", to=to).path
     back = convert(there, tmp_path / "back", to="official").path
@@ -62,6 +68,24 @@ def test_there_and_back_gives_the_same_bits_and_sizes(models: Path, tmp_path: Pa
     surveys = [survey(row, resolve(row, ckpt_dir=root)) for root in (there, back)]
     assert surveys[0] == surveys[1]
     assert surveys[0].dit == tiny.TINY[name].dit
+    assert surveys[0].audio == tiny.TINY[name].audio
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_diffusers_has_no_place_for_is_refused_before_anything_is_written(
+    models: Path, tmp_path: Path, name: str
+) -> None:
+    assert f"this is {name}, which" in refused("E4016", models / name, tmp_path / "out", to="diffusers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_keys_of_a_published_s2v_come_back(golden_models: Path, tmp_path: Path) -> None:
+    root = golden_models / "Wan2.2-S2V-14B"
+    back = convert(root, tmp_path / "out").path
+    assert same(tensors_of(back), tensors_of(root))
+    said, told = (json.loads((folder / "config.json").read_text()) for folder in (root, back))
+    assert told.pop("text_dim") == 48, "left out where it is the published one"
+    assert {**told, "_diffusers_version": said["_diffusers_version"]} == said
 
 
 @pytest.mark.parametrize("to", ["diffusers", "comfy"])
@@ -290,3 +314,63 @@ def test_a_state_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None
         assert caught.value.code == code
     with pytest.raises(InputError):
         save_official(tmp_path / "out", dits={}, text=values_for(text_shapes(SMALL_TEXT)), vae={"x": torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["demo-s2v", "demo-animate"])
+def test_a_trained_model_with_its_encoders_is_written_and_read_back(tmp_path: Path, name: str) -> None:
+    row = VARIANTS[name]
+    torch.manual_seed(0)
+    text, vae, dit = build_umt5(row.text), CausalVae(row.vae), build_dit(row.dit)
+    clip = None if row.clip is None else build_clip(row.clip)
+    audio = None if row.audio is None else build_wav2vec2(row.audio)
+    vocabulary = {**{f"w{i}": i for i in range(row.text.vocab)}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}}))
+    root = save_official(
+        tmp_path / "out",
+        dits={"model": (dit.state_dict(), row.dit)},
+        vae=vae.state_dict(),
+        vae_config=row.vae,
+        text=text.state_dict(),
+        clip=None if clip is None else (clip.state_dict(), row.clip),
+        audio=None if audio is None else (audio.state_dict(), row.audio),
+        tokenizer_dir=tmp_path,
+    ).path
+    published = {
+        "demo-s2v": {f"wav2vec2-large-xlsr-53-english/{file}" for file in ("model.safetensors", "config.json")},
+        "demo-animate": {"models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"},
+    }
+    names = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert names == published[name] | {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "Wan2.1_VAE.safetensors",
+        "models_t5_umt5-xxl-enc-bf16.safetensors",
+        "google/umt5-xxl/tokenizer.json",
+        "wanloom.sha256.json",
+    }
+    official = VARIANTS[row.task]
+    files = resolve(official, ckpt_dir=root)
+    found = survey(official, files)
+    assert (found.dit, found.vae, found.text) == (row.dit, row.vae, row.text)
+    assert (found.clip, found.audio) == (row.clip, row.audio)
+    for part, module in (("dit", dit), ("clip", clip), ("audio", audio)):
+        if module is None:
+            continue
+        with torch.device("meta"):
+            loaded = BUILD[part](found)
+        path = files.experts["model"] if part == "dit" else getattr(files, part)
+        load_into(loaded, open_weights(path, kind=part))
+        state = loaded.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+
+
+def test_transformers_reads_the_audio_encoder_that_is_written(tmp_path: Path) -> None:
+    from transformers import Wav2Vec2Model
+
+    config = tiny.AUDIO
+    torch.manual_seed(0)
+    model = build_wav2vec2(config)
+    root = save_official(tmp_path / "out", dits={}, audio=(model.state_dict(), config)).path
+    theirs = Wav2Vec2Model.from_pretrained(root / "wav2vec2-large-xlsr-53-english").state_dict()
+    assert theirs.keys() == model.state_dict().keys()
+    assert all(torch.equal(theirs[name], value) for name, value in model.state_dict().items())

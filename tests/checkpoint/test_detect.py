@@ -15,6 +15,7 @@ import tiny
 from wanloom.checkpoint.detect import (
     Config,
     candidates,
+    check_audio,
     check_clip,
     check_dit,
     check_text,
@@ -22,10 +23,20 @@ from wanloom.checkpoint.detect import (
     config_of,
     expert_hint,
 )
-from wanloom.checkpoint.shapes import clip_shapes, dit_shapes, text_shapes, vae_shapes
+from wanloom.checkpoint.shapes import audio_shapes, clip_shapes, dit_shapes, text_shapes, vae_shapes
 from wanloom.checkpoint.weights import open_weights
 from wanloom.errors import InputError, WanloomWarning
-from wanloom.models.config import VAE_21, VAE_22, ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import (
+    VAE_21,
+    VAE_22,
+    AnimateConfig,
+    AudioConfig,
+    ClipConfig,
+    DiTConfig,
+    SpeechConfig,
+    TextConfig,
+    VaeConfig,
+)
 from wanloom.variants import VARIANTS
 from weight_files import SMALL_CLIP, SMALL_DIT, SMALL_TEXT, SMALL_VAE, hollow
 
@@ -35,6 +46,7 @@ SHAPES: dict[type, Callable[[Any], dict[str, tuple[int, ...]]]] = {
     VaeConfig: vae_shapes,
     TextConfig: text_shapes,
     ClipConfig: clip_shapes,
+    AudioConfig: audio_shapes,
 }
 
 
@@ -63,6 +75,7 @@ CONFIGS: dict[str, Config] = {
     **{f"tiny {name}": row.vae for name, row in tiny.TINY.items()},
     "text": TextConfig(),
     "clip": ClipConfig(),
+    "audio": AudioConfig(),
     "small vae": SMALL_VAE,
     "small text": SMALL_TEXT,
 }
@@ -110,9 +123,9 @@ def test_a_layer_left_out_of_the_middle_is_noticed(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "s2v": "casual_audio_encoder.weights",
+    "MultiTalk": "audio_proj.proj1.weight",
     "VACE": "vace_blocks.0.modulation",
-    "animate": "face_adapter.fuser_blocks.0.q_norm.weight",
+    "camera": "control_adapter.conv.weight",
 }
 
 
@@ -121,6 +134,73 @@ def test_other_members_of_the_family_are_named(tmp_path: Path, what: str) -> Non
     shapes = dit_shapes(VARIANTS["demo-t2v"].dit) | {FOREIGN[what]: (1,)}
     hollow(tmp_path / "model.safetensors", shapes)
     assert what in refused("E4016", config_of, open_weights(tmp_path))
+
+
+# A transformer with a single tensor of another's parts is neither.
+ALONE = (
+    "casual_audio_encoder.weights",
+    "audio_injector.injector.0.q.weight",
+    "face_adapter.fuser_blocks.0.q_norm.weight",
+    "pose_patch_embedding.weight",
+)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_half_of_an_adapter_is_refused(tmp_path: Path, name: str) -> None:
+    hollow(tmp_path / "model.safetensors", dit_shapes(VARIANTS["t2v-1.3B"].dit) | {name: (1, 1)})
+    assert "a tensor that tells its sizes is missing" in refused("E4013", config_of, open_weights(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["s2v-14B", "animate-14B", "demo-s2v", "demo-animate"])
+def test_one_tensor_less_of_an_adapter_is_refused(tmp_path: Path, name: str) -> None:
+    from wanloom.checkpoint.layouts import official_config
+
+    row = replace(VARIANTS[name].dit, layers=min(VARIANTS[name].dit.layers, 40))
+    whole = dit_shapes(row)
+    own = [key for key in whole if key not in dit_shapes(replace(row, speech=None, animate=None))]
+    document = official_config(row)
+    assert told(tmp_path / "whole", row, document) == row
+    for i, gone in enumerate(own[:: max(1, len(own) // 12)]):
+        folder = tmp_path / str(i)
+        hollow(folder / "model.safetensors", {key: shape for key, shape in whole.items() if key != gone})
+        (folder / "config.json").write_text(json.dumps(document))
+        with pytest.raises(InputError) as caught:
+            config_of(open_weights(folder))
+        assert caught.value.code in ("E4013", "E4021", "E4007"), gone
+
+
+LOOKS = AnimateConfig(layers=(0, 2), face_dim=6, motion_dim=10, directions=3, widths=(2, 4, 4))
+SAID = {"num_heads": 2, "text_len": 7}
+
+
+def test_where_animate_looks_at_the_face_is_every_fifth_block_or_told(tmp_path: Path) -> None:
+    rule = replace(SMALL_DIT, layers=6, animate=replace(LOOKS, layers=(0, 5)))
+    assert told(tmp_path / "rule", rule, SAID) == rule
+    other = replace(SMALL_DIT, layers=6, animate=LOOKS)
+    assert told(tmp_path / "other", other, {**SAID, "face_adapter_layers": [0, 2]}) == other
+    for layers in ([0], [0, 6], [2, 2], [0, True], ["0", "2"]):
+        folder = tmp_path / str(layers)
+        message = refused("E4021", told, folder, other, {**SAID, "face_adapter_layers": layers})
+        assert "2 of 6 blocks look at the face" in message
+    message = refused("E4021", told, tmp_path / "three", replace(other, layers=12), SAID)
+    assert "face_adapter_layers is [0, 5, 10]" in message
+
+
+CONTRADICTIONS = {
+    "audio_dim": 7, "cond_dim": 17, "num_audio_token": 5, "motion_frames": 72, "motion_encoder_dim": 7,
+    "use_img_emb": False, "enable_adain": False, "enable_motioner": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CONTRADICTIONS)
+def test_an_adapters_config_may_not_contradict_its_tensors(tmp_path: Path, key: str) -> None:
+    speech = SpeechConfig(audio_dim=4, audio_states=2, layers=(0,))
+    sizes = replace(SMALL_DIT, **({"animate": LOOKS} if key[:3] in ("mot", "use") else {"speech": speech}), layers=3)
+    said = {**SAID, "audio_inject_layers": [0], "face_adapter_layers": [0, 2]}
+    if key == "motion_frames":
+        sizes = replace(sizes, speech=speech, animate=None)
+    assert told(tmp_path / "good", sizes, said) == sizes
+    refused("E4021", told, tmp_path / "bad", sizes, {**said, key: CONTRADICTIONS[key]})
 
 
 # ---------------------------------------------------------------- config.json
@@ -199,13 +279,21 @@ def test_b087_heads_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
     assert "num_heads" in refused("E4023", told, tmp_path, SMALL_DIT)
 
 
+ADAPTED = (
+    replace(SMALL_DIT, speech=SpeechConfig(audio_dim=4, audio_states=2, layers=(0,))),
+    replace(SMALL_DIT, layers=3, animate=LOOKS),
+    replace(SMALL_DIT, layers=6, animate=replace(LOOKS, layers=(0, 5))),
+)
+
+
 def test_the_configs_of_all_projects_are_known(tmp_path: Path) -> None:
     from wanloom.checkpoint.layouts import config_json
 
     for number, (layout, config) in enumerate(
         (layout, config)
         for layout in ("official", "diffusers")
-        for config in (SMALL_DIT, SMALL_VAE, SMALL_TEXT, SMALL_CLIP, VAE_22)
+        for config in (SMALL_DIT, SMALL_VAE, SMALL_TEXT, SMALL_CLIP, VAE_22, tiny.AUDIO, *ADAPTED)
+        if layout == "official" or config not in (tiny.AUDIO, *ADAPTED)
     ):
         document = config_json(layout, config)
         if document is None:
@@ -226,6 +314,9 @@ def test_candidates_are_all_releases_of_one_form() -> None:
     assert candidates(VARIANTS["t2v-14B"].dit, experts=1) == ["t2v-14B"]
     assert candidates(VARIANTS["i2v-A14B"].dit) == ["i2v-A14B"]
     assert candidates(tiny.TINY["t2v-1.3B"].dit) == ["t2v-A14B", "t2v-1.3B", "t2v-14B"]
+    assert candidates(VARIANTS["s2v-14B"].dit) == candidates(VARIANTS["demo-s2v"].dit) == ["s2v-14B"]
+    assert candidates(VARIANTS["animate-14B"].dit) == candidates(VARIANTS["demo-animate"].dit) == ["animate-14B"]
+    assert candidates(VARIANTS["i2v-14B"].dit) == ["i2v-14B"]
     assert candidates(replace(SMALL_DIT, in_channels=17)) == []
 
 
@@ -251,6 +342,10 @@ def test_b080_the_message_says_what_differs() -> None:
     i2v, t2v = VARIANTS["i2v-A14B"], VARIANTS["t2v-A14B"]
     message = refused("E4016", check_dit, Path("w"), i2v.dit, t2v)
     assert message == "w: this is i2v-A14B (36 input channels), expected t2v-A14B (16)."
+    message = refused("E4016", check_dit, Path("w"), VARIANTS["s2v-14B"].dit, t2v)
+    assert message == "w: this is s2v-14B (parts for speech), expected t2v-A14B (no parts for speech)."
+    message = refused("E4016", check_dit, Path("w"), VARIANTS["i2v-14B"].dit, VARIANTS["animate-14B"])
+    assert message == "w: this is i2v-14B (no parts for pose and face), expected animate-14B (parts for pose and face)."
     message = refused("E4016", check_dit, Path("w"), VARIANTS["t2v-1.3B"].dit, t2v)
     assert message == "w: this is t2v-1.3B (30 layers of 1536), expected t2v-A14B (40 layers of 5120)."
 
@@ -278,6 +373,13 @@ def test_b084_a_text_encoder_of_another_width_or_kind_is_refused(tmp_path: Path)
 
 def test_a_clip_of_another_width_is_refused() -> None:
     refused("E4016", check_clip, Path("w"), SMALL_CLIP, VARIANTS["i2v-14B"].dit)
+
+
+def test_an_audio_encoder_of_another_size_is_refused() -> None:
+    s2v = VARIANTS["s2v-14B"]
+    check_audio(Path("w"), AudioConfig(), s2v.dit)
+    for other in (AudioConfig(dim=768), AudioConfig(layers=12)):
+        assert "the transformer hears 25 of width 1024" in refused("E4016", check_audio, Path("w"), other, s2v.dit)
 
 
 def test_a_vae_of_unknown_latents_is_refused(tmp_path: Path) -> None:

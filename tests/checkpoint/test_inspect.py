@@ -43,6 +43,8 @@ def test_a_recorded_expert_is_the_only_candidate(models: Path, tmp_path: Path) -
 @pytest.mark.parametrize("name", tiny.TINY)
 @pytest.mark.parametrize("layout", ["official", "diffusers", "comfy"])
 def test_a_directory_is_named_with_its_layout(models: Path, tmp_path: Path, name: str, layout: str) -> None:
+    if layout == "diffusers" and (VARIANTS[name].dit.speech or VARIANTS[name].dit.animate):
+        pytest.skip("diffusers' layout has no place for it")
     root = models / name if layout == "official" else convert(models / name, tmp_path / "out", to=layout).path
     report = inspect(root)
     assert report.layout == layout
@@ -50,10 +52,25 @@ def test_a_directory_is_named_with_its_layout(models: Path, tmp_path: Path, name
     assert report.tokenizer is not None
     kinds = [part.part for part in report.parts]
     assert kinds == ["transformer"] * len(VARIANTS[name].experts) + ["VAE", "text encoder"] + (
-        ["CLIP image encoder"] if VARIANTS[name].clip else []
+        ["CLIP image encoder"] if VARIANTS[name].clip else ["wav2vec2 audio encoder"] if VARIANTS[name].audio else []
     )
     assert json.loads(json.dumps(report.to_json()))["layout"] == layout
     assert all("\n" not in line for line in report.lines())
+
+
+@pytest.mark.parametrize("name", ["s2v-14B", "animate-14B"])
+def test_published_transformers_with_parts_are_named(tmp_path: Path, name: str) -> None:
+    hollow(tmp_path / "x.safetensors", dit_shapes(VARIANTS[name].dit))
+    report = inspect(tmp_path / "x.safetensors")
+    assert names(report) == [name]
+    words = {"s2v-14B": "16 input channels, parts for speech", "animate-14B": "branch, parts for pose and face"}
+    assert words[name] in report.lines()[1]
+
+
+def test_an_audio_encoder_is_named(models: Path) -> None:
+    report = inspect(models / "s2v-14B" / "wav2vec2-large-xlsr-53-english")
+    assert [part.part for part in report.parts] == ["wav2vec2 audio encoder"]
+    assert "of 2 layers, width 32" in report.lines()[1]
 
 
 def test_a_pickle_is_named_as_one(models: Path) -> None:

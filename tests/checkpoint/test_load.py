@@ -254,7 +254,7 @@ def test_the_survey_finds_the_sizes_of_every_released_model(models: Path, name: 
     variant = VARIANTS[name]
     found = quietly(lambda: survey(variant, resolve(variant, ckpt_dir=models / name)))
     row = tiny.TINY[name]
-    assert found == replace(variant, dit=row.dit, vae=row.vae, text=row.text, clip=row.clip)
+    assert found == replace(variant, dit=row.dit, vae=row.vae, text=row.text, clip=row.clip, audio=row.audio)
 
 
 def test_the_survey_reads_no_tensor_and_no_torch(models: Path) -> None:

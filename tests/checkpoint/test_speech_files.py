@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import tiny
 from wanloom.checkpoint.detect import config_of
-from wanloom.checkpoint.load import load_into
+from wanloom.checkpoint.find import resolve
+from wanloom.checkpoint.load import load_into, survey
 from wanloom.checkpoint.shapes import audio_shapes, dit_shapes
 from wanloom.checkpoint.weights import open_weights
 from wanloom.encoders import build_wav2vec2, encode_audio
 from wanloom.errors import InputError
-from wanloom.models.config import AudioConfig
-from weight_files import hollow, values_for
+from wanloom.models.config import AudioConfig, DiTConfig, SpeechConfig
+from wanloom.parts import Parts
+from wanloom.variants import VARIANTS
+from weight_files import SMALL_DIT, hollow, values_for, zip_with_pickle
 
 SMALL = AudioConfig(
     dim=32, ffn_dim=48, heads=2, layers=3, conv_dim=(16,) * 7, conv_kernel=(10, 3, 3, 3, 3, 2, 2), positions=8, groups=4
@@ -100,8 +106,9 @@ def test_converting_wav2vec2_is_refused_with_a_reason(tmp_path: Path) -> None:
 
     hollow(tmp_path / "model.safetensors", audio_shapes(SMALL))
     config_json(tmp_path, SMALL)
-    with pytest.raises(InputError, match="one layout only"):
+    with pytest.raises(InputError, match="this is a wav2vec2 audio encoder, which diffusers"):
         convert(tmp_path / "model.safetensors", tmp_path / "out", to="diffusers")
+    assert not (tmp_path / "out").exists()
 
 
 def test_strides_must_be_as_many_as_convolutions(tmp_path: Path) -> None:
@@ -111,26 +118,7 @@ def test_strides_must_be_as_many_as_convolutions(tmp_path: Path) -> None:
         config_of(open_weights(tmp_path))
 
 
-def test_a_transformer_of_s2v_is_named_as_what_this_version_does_not_run(tmp_path: Path) -> None:
-    from wanloom.models.config import SpeechConfig
-    from weight_files import SMALL_DIT
-
-    sizes = replace(SMALL_DIT, speech=SpeechConfig(audio_dim=4, audio_states=2, layers=(0,)))
-    hollow(tmp_path / "model.safetensors", dit_shapes(sizes))
-    with pytest.raises(InputError, match="s2v-14B"):
-        config_of(open_weights(tmp_path))
-
-
-def test_its_sizes_are_told_from_shapes_and_where_it_hears_from_config_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the refusal above stands in front of."""
-    from wanloom.checkpoint.detect import FOREIGN_MODELS
-    from wanloom.models.config import SpeechConfig
-    from weight_files import SMALL_DIT
-
-    for sign in ("casual_audio_encoder.", "audio_injector."):
-        monkeypatch.delitem(FOREIGN_MODELS, sign)
+def test_sizes_are_told_from_shapes_and_where_it_hears_from_config_json(tmp_path: Path) -> None:
     sizes = replace(SMALL_DIT, layers=3, speech=SpeechConfig(audio_dim=4, audio_states=2, layers=(0, 2)))
     hollow(tmp_path / "model.safetensors", dit_shapes(sizes))
     said = {"num_heads": sizes.heads, "text_len": sizes.text_len, "audio_inject_layers": [0, 2], "enable_adain": True}
@@ -143,3 +131,101 @@ def test_its_sizes_are_told_from_shapes_and_where_it_hears_from_config_json(
     (tmp_path / "config.json").write_text(json.dumps({**said, "enable_adain": False}))
     with pytest.raises(InputError, match="enable_adain"):
         config_of(open_weights(tmp_path))
+
+
+# ---------------------------------------------------------------- the directory
+
+
+S2V = VARIANTS["s2v-14B"]
+HOME = "wav2vec2-large-xlsr-53-english"
+
+
+def test_the_golden_s2v_is_surveyed(golden_models: Path) -> None:
+    root = golden_models / "Wan2.2-S2V-14B"
+    files = resolve(S2V, ckpt_dir=root)
+    assert (files.experts, files.audio, files.clip) == ({"model": root}, root / HOME, None)
+    found = survey(S2V, files)
+    assert found.dit == DiTConfig(
+        dim=256, ffn_dim=320, heads=2, layers=3, text_dim=48, speech=SpeechConfig(audio_dim=32, layers=(0, 2))
+    )
+    assert found.audio == AudioConfig(
+        dim=32, ffn_dim=64, heads=2, layers=24, conv_dim=(32,) * 7, positions=16, groups=4
+    )
+
+
+@pytest.fixture
+def root(models: Path, tmp_path: Path) -> Path:
+    """The small s2v, to be changed."""
+    return Path(shutil.copytree(models / "s2v-14B", tmp_path / "s2v"))
+
+
+def test_a_missing_audio_encoder_is_named_with_file_size_and_repository(root: Path) -> None:
+    (root / HOME / "model.safetensors").unlink()
+    with pytest.raises(InputError) as caught:
+        resolve(S2V, ckpt_dir=root)
+    assert caught.value.code == "E4001"
+    words = (f"{HOME}/model.safetensors (1.3 GB)", "the audio encoder", "Wan-AI/Wan2.2-S2V-14B", "--audio-encoder")
+    assert all(word in caught.value.message for word in words)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_audio_encoder_may_be_a_pickle(root: Path, named: bool) -> None:
+    file = root / HOME / "model.safetensors"
+    values = load_file(file)
+    file.unlink()
+    pickled = file.with_name("pytorch_model.bin")
+    torch.save(values, pickled)
+    files = resolve(S2V, ckpt_dir=root, audio_encoder=pickled if named else None)
+    variant = survey(S2V, files)
+    assert files.audio == (pickled if named else root / HOME)
+    assert variant.audio is not None and variant.audio.heads == 2
+    with Parts(variant, files).use("audio") as model:
+        assert all(torch.equal(value, values[f"wav2vec2.{name}"]) for name, value in model.state_dict().items())
+
+
+def test_a_pickled_audio_encoder_with_code_is_refused(root: Path) -> None:
+    (root / HOME / "model.safetensors").unlink()
+    zip_with_pickle(root / HOME / "pytorch_model.bin", pickle.dumps({"x": print}))
+    with pytest.raises(InputError, match="print") as caught:
+        survey(S2V, resolve(S2V, ckpt_dir=root))
+    assert caught.value.code == "E4003"
+
+
+def test_a_pickled_transformer_stays_refused(root: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, root / "diffusion_pytorch_model.bin")
+    (root / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError) as caught:
+        survey(S2V, resolve(S2V, ckpt_dir=root))
+    assert caught.value.code == "E4002"
+
+
+def test_an_audio_encoder_that_the_transformer_cannot_hear_is_refused(root: Path, tmp_path: Path) -> None:
+    other = replace(tiny.AUDIO, layers=3)
+    folder = tmp_path / "other"
+    hollow(folder / "model.safetensors", {f"wav2vec2.{name}": shape for name, shape in audio_shapes(other).items()})
+    config_json(folder, other)
+    with pytest.raises(InputError, match="4 states of width 32, the transformer hears 3 of width 32") as caught:
+        survey(S2V, resolve(S2V, ckpt_dir=root, audio_encoder=folder))
+    assert caught.value.code == "E4016"
+
+
+@pytest.mark.parametrize(("name", "given"), [("t2v-1.3B", "audio_encoder"), ("s2v-14B", "clip"), ("ti2v-5B", "clip")])
+def test_a_part_the_model_has_no_use_for_is_refused(models: Path, name: str, given: str) -> None:
+    with pytest.raises(InputError, match=f"{name} has no use for") as caught:
+        resolve(VARIANTS[name], ckpt_dir=models / name, **{given: models / name})
+    assert caught.value.code == "E2022"
+
+
+@pytest.mark.parametrize("task", ["t2v-14B", "animate-14B", "i2v-14B"])
+def test_the_directory_of_s2v_for_another_task_is_named(models: Path, task: str) -> None:
+    with pytest.raises(InputError, match=f"this is s2v-14B .*expected {task}") as caught:
+        survey(VARIANTS[task], resolve(VARIANTS[task], ckpt_dir=models / "s2v-14B"))
+    assert caught.value.code == "E4016"
+
+
+@pytest.mark.parametrize("task", ["s2v-14B", "animate-14B"])
+@pytest.mark.parametrize("name", ["i2v-14B", "t2v-A14B", "ti2v-5B"])
+def test_the_directory_of_another_model_is_named(models: Path, name: str, task: str) -> None:
+    with pytest.raises(InputError, match=f"this is .*{name}.* expected {task}") as caught:
+        survey(VARIANTS[task], resolve(VARIANTS[task], ckpt_dir=models / name))
+    assert caught.value.code == "E4016"

@@ -23,7 +23,7 @@ def test_the_card_is_of_these_files_and_meets_every_floor(name: str) -> None:
     assert card["weights_bytes"] == sum(path.stat().st_size for path in weights.values())
     variant = VARIANTS[name]
     floors = FLOORS_ALL | (FLOORS_TEXT if variant.conditioner != "image" else {})
-    floors |= FLOORS_IMAGE if variant.images else {}
+    floors |= FLOORS_IMAGE if variant.inputs else {}
     assert shortfalls(card["figures"], card["weights_bytes"], floors) == card["missed"] == []
     assert card["status"] == "demo" and not demo.is_smoke_test(name)
     assert all(card["figures"][figure]["of"] == 200 for figure in floors)

@@ -6,9 +6,9 @@
     files = resolve(variant, ckpt_dir="Wan2.2-T2V-A14B")        # or dit_high=..., dit_low=..., vae=..., and so on
     variant = survey(variant, files)                            # sizes from the tensors; wrong files refused; no torch
     with torch.device("meta"):
-        dit = DiT(variant.dit)
+        dit = build_dit(variant.dit)
     load_into(dit, files.experts["high_noise_model"], dtype=torch.float32, device="cpu")
-    load_into(umt5, files.text, dtype=...)                      # files.vae, files.clip, files.tokenizer
+    load_into(umt5, files.text, dtype=...)                      # files.vae, files.clip, files.audio, files.tokenizer
 
 header.py     what a safetensors file holds, by our own strict rules
 pickled.py    the same of a `.pth`, without unpickling
@@ -19,6 +19,7 @@ shapes.py     every tensor a model of given sizes has
 detect.py     sizes from shapes and config.json; which released model it is
 find.py       the published, diffusers and ComfyUI directories, or one path for each part
 load.py       survey and loading
+lora.py       low-rank changes, read and added to weights
 manifest.py   SHA-256 of every file
 convert.py    one layout into another; `save_official` for the trainer
 inspect.py    what a path is, for people and as data

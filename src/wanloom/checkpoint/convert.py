@@ -26,7 +26,7 @@ from wanloom.checkpoint.find import PathLike, contents
 from wanloom.checkpoint.header import Entry
 from wanloom.checkpoint.load import TORCH_DTYPES, natural_dtype, read_entry, read_source
 from wanloom.checkpoint.names import OPERATIONS, Format, by_official_name, format_of, get_format
-from wanloom.checkpoint.weights import CONFIG, EXPERT, REVISION, Source, Weights, open_weights
+from wanloom.checkpoint.weights import CONFIG, EXPERT, KINDS, REVISION, Source, Weights, open_weights
 from wanloom.checkpoint.write import NAMES, SHARD, Item, dtype_named, write_model
 from wanloom.durable import write_atomic
 from wanloom.errors import InputError, did_you_mean
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Config = DiTConfig | VaeConfig | TextConfig | ClipConfig
+Config = DiTConfig | VaeConfig | TextConfig | ClipConfig | AudioConfig
 # Files of a tokenizer's directory that belong to it; nothing else is copied out of a model directory.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 SPIECE = "spiece_model"  # the sentencepiece file inside ComfyUI's text encoder
+# Before the names of these models stand these words, as in all published files.
+PREFIXES = {("clip", "transformers"): "vision_model.", ("audio", "official"): "wav2vec2."}
 SAMPLE = 4096  # bytes of every tensor that the revision mark looks at
 
 
@@ -102,20 +104,22 @@ def save_official(
     vae_config: VaeConfig | None = None,
     text: Mapping[str, Tensor] | None = None,
     text_config: TextConfig | None = None,
-    clip: Mapping[str, Tensor] | None = None,
+    clip: tuple[Mapping[str, Tensor], ClipConfig] | None = None,
+    audio: tuple[Mapping[str, Tensor], AudioConfig] | None = None,
     tokenizer_dir: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Written:
     """Write state dicts as a directory in the published layout, which `resolve`, `survey` and `load_into` read back.
 
-    dits: expert name ("model" for the only one) -> state dict and config.  Text and CLIP may have transformers' names.
-    `vae_config` and `text_config` are told from the tensors when absent.  Existing files are replaced one by one.
+    dits: expert name ("model" for the only one) -> state dict and config; clip and audio likewise.  Text and CLIP may
+    have transformers' names.  `vae_config` and `text_config` are told from the tensors when absent.  Existing files are
+    replaced one by one.
     Errors: E4010 values that are not finite, E4013 and others when tensors and config do not fit.
     """
     job = _Job(Path(folder), "official", dtype, SHARD)
     for expert, (state, config) in dits.items():
         job.state(state, config, expert=expert)
-    for part, config_or_none in ((vae, vae_config), (text, text_config), (clip, None)):
+    for part, config_or_none in ((vae, vae_config), (text, text_config), clip or (None, None), audio or (None, None)):
         if part is not None:
             job.state(part, config_or_none)
     if tokenizer_dir is not None:
@@ -140,7 +144,7 @@ class _Job:
             assert isinstance(config, DiTConfig)
             known = candidates(config, experts=len(found.experts))
             self.part(weights, expert=expert, name=known[0] if known else "wan")
-        for place in (found.vae, found.text, found.clip):
+        for place in (found.vae, found.text, found.clip, found.audio):
             if place is not None:
                 self.part(open_weights(place, pickles=True), tokenizer=found.tokenizer)
         if found.tokenizer is not None:
@@ -157,10 +161,15 @@ class _Job:
     def part(
         self, weights: Weights, *, expert: str = "model", name: str = "wan", tokenizer: Path | None = None
     ) -> None:
-        """One model of any kind but wav2vec2, which has one layout.  Error: E4016."""
+        """One model of any kind.  Error: E4016 for a model that has no place in this layout."""
         config = config_of(weights)
-        if isinstance(config, AudioConfig):
-            raise InputError("E4016", f"{weights.where}: wav2vec2 has one layout only; copy its directory.")
+        if self.to == "diffusers" and not _in_diffusers(config):
+            names = candidates(config) if isinstance(config, DiTConfig) else []
+            what = " or ".join(names) or f"a {KINDS[weights.kind]}"
+            raise InputError(
+                "E4016",
+                f"{weights.where}: this is {what}, which diffusers' layout has no place for. Use --to official.",
+            )
         manifest.verify(header.path for header in weights.headers)
         origins = {official: _origin(source) for official, source in weights.tensors.items()}
         extra = _spiece(tokenizer) if self.to == "comfy" and weights.kind == "text" else []
@@ -173,14 +182,13 @@ class _Job:
         if named is None:
             raise InputError("E4016", f"{self.dst}: these tensors are no Wan model's.")
         origins = {}
-        for official, (names, operation) in by_official_name(named[0], state).items():
+        for official, (names, operation) in by_official_name(named[0], state, named[1]).items():
             values = [state[name] for name in names]
             whole = OPERATIONS[operation].into(values) if operation != "same" else values[0]
             sample = whole.detach().reshape(-1)[:SAMPLE].float().cpu().numpy().tobytes()
             origins[official] = Origin(tuple(whole.shape), whole.dtype, sample, partial(_itself, whole))
         shapes = {name: origin.shape for name, origin in origins.items()}
         known = config_from(named[0].kind, self.dst, shapes, config)
-        assert not isinstance(known, AudioConfig)
         self._write(named[0].kind, origins, known, expert=expert)
 
     def _write(
@@ -196,7 +204,7 @@ class _Job:
     ) -> None:
         folder, stem = layouts.place(self.to, kind, config, expert=expert, name=name)
         target = _target(self.to, kind, config)
-        prefix = "vision_model." if target.kind == "clip" and target.rules else ""  # as all published files have it
+        prefix = PREFIXES.get((target.kind, target.name), "")
         items = [item for official, origin in origins.items() for item in self._items(official, origin, target, prefix)]
         metadata = {CONFIG: json.dumps(layouts.hidden_facts(config)), REVISION: _revision(origins)}
         if kind == "dit" and (recorded or expert) != "model":
@@ -252,6 +260,13 @@ def _target(layout: str, kind: str, config: Config) -> Format:
     if isinstance(config, VaeConfig):
         return get_format(kind, name, blocks=config.blocks, residual=config.residual)
     return get_format(kind, name)
+
+
+def _in_diffusers(config: Config) -> bool:
+    """Whether diffusers' layout has a place for a model: not for the parts of s2v and animate."""
+    if isinstance(config, DiTConfig):
+        return config.speech is None and config.animate is None
+    return not isinstance(config, AudioConfig)
 
 
 def _prefixed(name: str, prefix: str) -> str:

@@ -26,6 +26,7 @@ from wanloom.errors import InputError, WanloomWarning
 from wanloom.models.config import (
     VAE_21,
     VAE_22,
+    AnimateConfig,
     AudioConfig,
     ClipConfig,
     DiTConfig,
@@ -41,6 +42,7 @@ Config = DiTConfig | VaeConfig | TextConfig | ClipConfig | AudioConfig
 MAX_LAYERS = 1000
 MAX_WIDTH = 1 << 20
 HEAD_WIDTH = 128  # of every released transformer
+FACE_EVERY = 5  # animate-14B looks at the face after blocks 0, 5, 10 ...; its config.json does not say so
 
 # ---------------------------------------------------------------- config.json
 
@@ -51,7 +53,8 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "transformers_version": _STR, "torch_dtype": (str, type(None)), "dtype": (str, type(None)),
 }  # fmt: skip
 
-# Key of config.json -> (types, field of our config or "").  A key without a field is known and without effect here.
+# Key of config.json -> (types, field of our config or ""; "speech.layers" is a field of its field).  A key without a
+# field is known and without effect here.
 DIT_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "dim": (_INT, "dim"), "eps": (_NUM, "eps"), "ffn_dim": (_INT, "ffn_dim"), "freq_dim": (_INT, "freq_dim"),
     "in_dim": (_INT, "in_channels"), "num_heads": (_INT, "heads"), "num_layers": (_INT, "layers"),
@@ -62,11 +65,15 @@ DIT_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "image_dim": ((int, type(None)), "image_dim"), "added_kv_proj_dim": ((int, type(None)), ""),
     "rope_max_seq_len": (_INT, ""), "pos_embed_seq_len": ((int, type(None)), "image_positions"),
     # s2v
-    "audio_inject_layers": (_LIST, "audio_layers"), "audio_dim": (_INT, ""), "cond_dim": (_INT, ""),
-    "num_audio_token": (_INT, ""), "motion_token_num": (_INT, ""), "zero_init": (_BOOL, ""),
+    "audio_inject_layers": (_LIST, "speech.layers"), "audio_dim": (_INT, "speech.audio_dim"),
+    "cond_dim": (_INT, "speech.channels"), "num_audio_token": (_INT, "speech.tokens"),
+    "motion_frames": (_INT, ""), "motion_token_num": (_INT, ""), "zero_init": (_BOOL, ""),
     "enable_adain": (_BOOL, ""), "adain_mode": (_STR, ""), "add_last_motion": (_BOOL, ""),
     "enable_framepack": (_BOOL, ""), "framepack_drop_mode": (_STR, ""), "enable_motioner": (_BOOL, ""),
     "enable_tsm": (_BOOL, ""), "trainable_token_pos_emb": (_BOOL, ""), "zero_timestep": (_BOOL, ""),
+    # animate; the first key is ours
+    "face_adapter_layers": (_LIST, "animate.layers"), "motion_encoder_dim": (_INT, "animate.motion_dim"),
+    "use_context_parallel": (_BOOL, ""), "use_img_emb": (_BOOL, ""),
 }  # fmt: skip
 VAE_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "base_dim": (_INT, "dim"), "decoder_base_dim": ((int, type(None)), ""), "z_dim": (_INT, "z"),
@@ -90,7 +97,7 @@ TEXT_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
 CLIP_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "hidden_size": (_INT, "dim"), "intermediate_size": (_INT, "ffn_dim"), "num_attention_heads": (_INT, "heads"),
     "num_hidden_layers": (_INT, "layers"), "patch_size": (_INT, "patch"), "image_size": (_INT, "image"),
-    "layer_norm_eps": (_NUM, "eps"), "projection_dim": (_INT, ""), "hidden_act": (_STR, ""),
+    "layer_norm_eps": (_NUM, "eps"), "projection_dim": (_INT, "projection"), "hidden_act": (_STR, ""),
     "num_channels": (_INT, ""), "attention_dropout": (_NUM, ""), "dropout": (_NUM, ""),
     "initializer_factor": (_NUM, ""), "initializer_range": (_NUM, ""),
 }  # fmt: skip
@@ -119,10 +126,10 @@ AUDIO_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
 KEYS = {"dit": DIT_KEYS, "vae": VAE_KEYS, "text": TEXT_KEYS, "clip": CLIP_KEYS, "audio": AUDIO_KEYS}
 # Fields that shapes decide as well; config.json may repeat them, not change them.
 FREE = {
-    "dit": ("eps", "heads", "text_len", "audio_layers"),
+    "dit": ("eps", "heads", "text_len", "speech.layers", "animate.layers"),
     "vae": ("mean", "std"),
     "text": ("eps", "max_distance"),
-    "clip": ("eps", "heads"),
+    "clip": ("eps", "heads", "projection"),
     "audio": ("eps", "heads", "conv_stride"),
 }
 # Forms that we do not build: key -> the only values with a meaning here.
@@ -131,7 +138,8 @@ FIXED: dict[str, dict[str, tuple[object, ...]]] = {
         "qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,), "window_size": ([-1, -1],),
         "enable_adain": (True,), "adain_mode": ("attn_norm",), "add_last_motion": (True,), "enable_framepack": (True,),
         "framepack_drop_mode": ("padd",), "enable_motioner": (False,), "enable_tsm": (False,),
-        "trainable_token_pos_emb": (False,), "zero_timestep": (True,),
+        "trainable_token_pos_emb": (False,), "zero_timestep": (True,), "motion_frames": (73,),
+        "use_img_emb": (True,),
     },
     "vae": {"attn_scales": ([],), "dropout": (0, 0.0)},
     "text": {"feed_forward_proj": ("gated-gelu",), "dense_act_fn": ("gelu_new",)},
@@ -184,7 +192,7 @@ def check_sizes(file: Path, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         limit = MAX_LAYERS if name == "layers" else MAX_WIDTH
         for number in value if isinstance(value, tuple) else (value,):
-            least = 0 if name == "audio_layers" else 1
+            least = 0 if name in ("speech.layers", "animate.layers") else 1
             if type(number) is int and name != "temporal" and not least <= number <= limit:
                 raise InputError("E4023", f"{file}: {name} is {number:.6g}, expected {least} to {limit}.")
             if name in ("eps", "std") and not (isinstance(number, int | float) and number > 0):
@@ -254,10 +262,20 @@ def _account(path: Path, what: str, shapes: Mapping[str, Shape], expected: Mappi
 def _agree(weights: Weights, given: Mapping[str, Any], config: Config) -> None:
     """config.json may fill in, not contradict."""
     for name, value in given.items():
-        if name not in FREE[weights.kind] and getattr(config, name) != value:
+        found = _field(config, name)
+        if name not in FREE[weights.kind] and found != value:
             file = weights.config_file or "its own note"
-            found = _plain(getattr(config, name))
-            raise InputError("E4021", f"{weights.where}: {name} is {found} by the tensors, {_plain(value)} by {file}.")
+            raise InputError(
+                "E4021", f"{weights.where}: {name} is {_plain(found)} by the tensors, {_plain(value)} by {file}."
+            )
+
+
+def _field(config: Config, name: str) -> Any:
+    """A field, or a field of a field; None where the model has no such part."""
+    value: Any = config
+    for word in name.split("."):
+        value = getattr(value, word, None)
+    return value
 
 
 def _plain(value: object) -> str:
@@ -299,22 +317,32 @@ def _dit(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> DiTConfig:
         image_dim=image[1] if image else None,
         image_positions=positions[1] if positions else None,
         speech=_speech(shapes, given),
+        animate=_animate(shapes, given),
     )
+
+
+def _has(shapes: Mapping[str, Shape], *beginnings: str) -> bool:
+    return any(name.startswith(beginnings) for name in shapes)
+
+
+def _placed(shapes: Mapping[str, Shape], sign: str, layers: tuple[int, ...], verb: str, key: str) -> tuple[int, ...]:
+    """`layers` when there are as many parts named `sign` and each has a block of its own.  Error: E4021."""
+    count, blocks = _count(shapes, sign), _count(shapes, "blocks.{}.modulation")
+    if len(layers) != count or len({i for i in layers if type(i) is int and i < blocks}) != count:
+        raise InputError(
+            "E4021",
+            f"{count} of {blocks} blocks {verb}, {key} is {_plain(layers)}. Put the list in a config.json.",
+        )
+    return layers
 
 
 def _speech(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> SpeechConfig | None:
     """The parts of s2v, where a transformer has them; after which blocks it hears stands in config.json alone."""
-    local = shapes.get("casual_audio_encoder.encoder.conv1_local.conv.weight")
-    if local is None:
+    if not _has(shapes, "casual_audio_encoder.", "audio_injector."):
         return None
-    hears = _count(shapes, "audio_injector.injector.{}.q.weight")
-    layers = tuple(given.get("audio_layers", SpeechConfig.layers))
-    blocks = _count(shapes, "blocks.{}.modulation")
-    if len(layers) != hears or len({layer for layer in layers if layer in range(blocks)}) != hears:
-        raise InputError(
-            "E4021",
-            f"{hears} of {blocks} blocks hear, audio_inject_layers is {_plain(layers)}. Put the list in a config.json.",
-        )
+    local = shapes["casual_audio_encoder.encoder.conv1_local.conv.weight"]
+    layers = tuple(given.get("speech.layers", SpeechConfig.layers))
+    layers = _placed(shapes, "audio_injector.injector.{}.q.weight", layers, "hear", "audio_inject_layers")
     quarter = shapes["casual_audio_encoder.encoder.conv1_global.conv.weight"][0]
     return SpeechConfig(
         audio_dim=local[1],
@@ -323,6 +351,37 @@ def _speech(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> SpeechConf
         layers=layers,
         channels=shapes["cond_encoder.weight"][1],
     )
+
+
+def _animate(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> AnimateConfig | None:
+    """The parts of animate, where a transformer has them.
+
+    After which blocks it looks at the face is told by no tensor: every fifth, as published, unless config.json says.
+    """
+    if not _has(shapes, "pose_patch_embedding.", "motion_encoder.", "face_encoder.", "face_adapter."):
+        return None
+    convs = "motion_encoder.enc.net_app.convs"
+    widths = [shapes[f"{convs}.0.0.weight"][0]]
+    while (halved := shapes.get(f"{convs}.{len(widths)}.conv2.1.weight")) is not None:
+        widths.append(halved[0])
+    motion, directions = shapes["motion_encoder.dec.direction.weight"]
+    face = shapes["face_encoder.conv2.conv.weight"][0]
+    layers = tuple(given.get("animate.layers", face_layers(_count(shapes, "blocks.{}.modulation"))))
+    sign = "face_adapter.fuser_blocks.{}.linear1_q.weight"
+    return AnimateConfig(
+        layers=_placed(shapes, sign, layers, "look at the face", "face_adapter_layers"),
+        face_dim=face,
+        tokens=shapes["face_encoder.conv1_local.conv.weight"][0] // face,
+        channels=shapes["pose_patch_embedding.weight"][1],
+        motion_dim=motion,
+        directions=directions,
+        widths=tuple(widths),
+    )
+
+
+def face_layers(blocks: int) -> tuple[int, ...]:
+    """After which of its blocks the published model looks at the face."""
+    return tuple(range(0, blocks, FACE_EVERY))
 
 
 def _vae(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> VaeConfig:
@@ -414,7 +473,9 @@ def _clip(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> ClipConfig:
         layers=_count(shapes, "visual.transformer.{}.norm1.weight"),
         patch=patch,
         image=patch * side,
-        projection=shapes["visual.head"][1] if "visual.head" in shapes else ClipConfig.projection,
+        projection=shapes["visual.head"][1]
+        if "visual.head" in shapes
+        else given.get("projection", ClipConfig.projection),
         eps=given.get("eps", ClipConfig.eps),
     )
 
@@ -457,10 +518,6 @@ READERS: dict[
 # Parts that other members of the family add to the transformer: a piece of a tensor's name -> who that is.
 FOREIGN_MODELS = {
     "vace_": "a VACE model",
-    "face_adapter.": "animate-14B (face adapter)",
-    "pose_patch_embedding.": "animate-14B (pose)",
-    "casual_audio_encoder.": "s2v-14B (audio encoder)",
-    "audio_injector.": "s2v-14B (audio)",
     "audio_proj.": "a MultiTalk model (audio)",
     "control_adapter.": "a camera control model",
 }
@@ -469,9 +526,18 @@ FOREIGN_MODELS = {
 # ---------------------------------------------------------------- which released model
 
 
+# Fields of DiTConfig that are None where a transformer has no such part -> what the part is called.
+PARTS = {
+    "image_dim": "CLIP image branch",
+    "image_positions": "last-image positions",
+    "speech": "parts for speech",
+    "animate": "parts for pose and face",
+}
+
+
 def form(config: DiTConfig) -> tuple[object, ...]:
-    """What a task needs of a transformer whatever its size: channels in and out, picture branch, picture positions."""
-    return config.in_channels, config.out_channels, config.image_dim is not None, config.image_positions is not None
+    """What a task needs of a transformer whatever its size: channels in and out, and which parts it has."""
+    return config.in_channels, config.out_channels, *(getattr(config, part) is not None for part in PARTS)
 
 
 def same_size(a: DiTConfig, b: DiTConfig) -> bool:
@@ -480,8 +546,13 @@ def same_size(a: DiTConfig, b: DiTConfig) -> bool:
 
 
 def dit_key(config: DiTConfig) -> DiTConfig:
-    """A config less what tensors do not show."""
-    return replace(config, heads=1, text_len=1, eps=1.0)
+    """A config less what tensors do not show; of the blocks that hear or look at a face they show how many."""
+    speech, animate = config.speech, config.animate
+    if speech is not None:
+        speech = replace(speech, layers=tuple(range(len(speech.layers))), history=1)
+    if animate is not None:
+        animate = replace(animate, layers=tuple(range(len(animate.layers))))
+    return replace(config, heads=1, text_len=1, eps=1.0, speech=speech, animate=animate)
 
 
 def candidates(config: DiTConfig, *, experts: int | None = None) -> list[str]:
@@ -523,7 +594,7 @@ def _facts(config: DiTConfig, expected: DiTConfig) -> tuple[str, str]:
         if a != b:
             mine.append(f"{a} {label} channels")
             theirs.append(str(b))
-    for label, get in (("CLIP image branch", "image_dim"), ("last-image positions", "image_positions")):
+    for get, label in PARTS.items():
         a, b = getattr(config, get) is not None, getattr(expected, get) is not None
         if a != b:
             mine.append(label if a else f"no {label}")
@@ -557,6 +628,18 @@ def check_clip(path: Path, config: ClipConfig, dit: DiTConfig) -> None:
     """E4016 when the image branch cannot read what CLIP writes."""
     if dit.image_dim is not None and config.dim != dit.image_dim:
         raise InputError("E4016", f"{path}: a CLIP of width {config.dim}, the transformer reads {dit.image_dim}.")
+
+
+def check_audio(path: Path, config: AudioConfig, dit: DiTConfig) -> None:
+    """E4016 when the transformer cannot hear what the audio encoder writes: other width, or other number of states."""
+    speech = dit.speech
+    mine = (config.dim, config.layers + 1)
+    if speech is not None and mine != (speech.audio_dim, speech.audio_states):
+        raise InputError(
+            "E4016",
+            f"{path}: an audio encoder with {mine[1]} states of width {mine[0]}, "
+            f"the transformer hears {speech.audio_states} of width {speech.audio_dim}.",
+        )
 
 
 def warn(code: str, text: str) -> None:

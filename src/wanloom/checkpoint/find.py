@@ -13,6 +13,7 @@ checkpoint with another number of experts; E2022 an option that this model has n
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +33,21 @@ OFFICIAL = {
     "text": ("models_t5_umt5-xxl-enc-bf16",),
     "clip": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14",),
 }
+AUDIO = "wav2vec2-large-xlsr-53-english"  # the directory of s2v's audio encoder
 DIFFUSERS = {"vae": "vae", "text": "text_encoder", "clip": "image_encoder"}
 DIFFUSERS_EXPERTS = ("transformer", "transformer_2")  # high noise first, as in our rows
-COMFY = {"dit": "diffusion_models", "vae": "vae", "text": "text_encoders", "clip": "clip_vision"}
+COMFY = {"dit": "diffusion_models", "vae": "vae", "text": "text_encoders", "clip": "clip_vision",
+         "audio": "audio_encoders"}  # fmt: skip
 TOKENIZERS = ("google/umt5-xxl", "tokenizer", "split_files/tokenizer", "text_encoder", ".")
 
 EXPERTS = ("high_noise_model", "low_noise_model")  # as the releases with two experts name them
-OPTIONS = {"vae": "--vae", "text": "--text-encoder", "clip": "--clip", "tokenizer": "--tokenizer"}
-WORDS = {"vae": "the VAE", "text": "the text encoder", "clip": "the CLIP image encoder", "tokenizer": "the tokenizer"}
+OPTIONS = {
+    "vae": "--vae", "text": "--text-encoder", "clip": "--clip", "audio": "--audio-encoder", "tokenizer": "--tokenizer",
+}  # fmt: skip
+WORDS = {
+    "vae": "the VAE", "text": "the text encoder", "clip": "the CLIP image encoder", "audio": "the audio encoder",
+    "tokenizer": "the tokenizer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,7 @@ class Files:
     text: Path
     tokenizer: Path  # a directory with tokenizer.json, or the file
     clip: Path | None = None
+    audio: Path | None = None
     root: Path | None = None  # the directory they were found in, when one was given
 
 
@@ -65,6 +74,7 @@ def resolve(
     text_encoder: PathLike | None = None,
     tokenizer: PathLike | None = None,
     clip: PathLike | None = None,
+    audio_encoder: PathLike | None = None,
 ) -> Files:
     """Find every part of `variant`.  Errors: see the module."""
     root = _directory(ckpt_dir) if ckpt_dir is not None else None
@@ -75,7 +85,8 @@ def resolve(
         vae=_part("vae", variant, root, vae),
         text=text,
         tokenizer=_tokenizer(variant, root, text, tokenizer),
-        clip=_part("clip", variant, root, clip) if variant.clip is not None else None,
+        clip=_extra("clip", variant, root, clip, experts),
+        audio=_extra("audio", variant, root, audio_encoder, experts),
         root=root,
     )
 
@@ -190,8 +201,29 @@ def _part(part: str, variant: Variant, root: Path | None, given: PathLike | None
     return found
 
 
+def _extra(
+    part: str, variant: Variant, root: Path | None, given: PathLike | None, experts: Mapping[str, Path]
+) -> Path | None:
+    """A part that not every model has, or None.  Errors: E2022 when one is named for a model without.
+
+    Where it is missing because the directory is another model's, that is said instead (E4016).
+    """
+    if getattr(variant, part) is not None:
+        whole = root is not None and all(path.is_relative_to(root) for path in experts.values())
+        if given is None and root is not None and whole and _part_in(root, part, variant) is None:
+            _explain_other(variant, root)
+        return _part(part, variant, root, given)
+    if given is not None:
+        option = OPTIONS[part]
+        raise InputError("E2022", f"{option[2:]}: {variant.name} has no use for {WORDS[part]}. Leave {option} out.")
+    return None
+
+
 def _part_in(root: Path, part: str, variant: Variant | None) -> Path | None:
     """A part in a directory of any layout: published, diffusers, ComfyUI."""
+    if part == "audio":
+        names = (file.name for file in (root / AUDIO).glob("*"))
+        return root / AUDIO if any(plain_name(name) for name in names) else _in_comfy(root, part, variant)
     stems = OFFICIAL[part]
     if part == "vae" and variant is not None and variant.vae.residual:
         stems = stems[::-1]
@@ -269,12 +301,13 @@ class Contents:
     vae: Path | None
     text: Path | None
     clip: Path | None
+    audio: Path | None
     tokenizer: Path | None
 
     @property
     def single(self) -> bool:
         """Whether there is no more than one transformer: an expert's own directory, say."""
-        return not (self.vae or self.text or self.clip) and list(self.experts) in ([], ["model"])
+        return not (self.vae or self.text or self.clip or self.audio) and list(self.experts) in ([], ["model"])
 
 
 def contents(root: Path) -> Contents:
@@ -294,6 +327,7 @@ def contents(root: Path) -> Contents:
         vae=_part_in(root, "vae", None),
         text=_part_in(root, "text", None),
         clip=_part_in(root, "clip", None),
+        audio=_part_in(root, "audio", None),
         tokenizer=_tokenizer_in(root),
     )
 

@@ -12,22 +12,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanloom.checkpoint.detect import candidates, config_of
+from wanloom.checkpoint.detect import PARTS, candidates, config_of
 from wanloom.checkpoint.find import EXPERTS, PathLike, contents
 from wanloom.checkpoint.names import OPERATIONS, by_official_name, format_of
 from wanloom.checkpoint.shapes import clip_shapes
 from wanloom.checkpoint.weights import EXPERT, KINDS, Weights, open_weights
 from wanloom.errors import InputError, did_you_mean
-from wanloom.models.config import (
-    VAE_21,
-    VAE_22,
-    AnimateConfig,
-    ClipConfig,
-    DiTConfig,
-    SpeechConfig,
-    TextConfig,
-    VaeConfig,
-)
+from wanloom.models.config import VAE_21, VAE_22, ClipConfig, DiTConfig, TextConfig, VaeConfig
 from wanloom.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -49,7 +40,7 @@ class Candidate:
 class Part:
     """One model: where, what, in whose names, in which number formats, how large."""
 
-    part: str  # transformer, VAE, text encoder, CLIP image encoder
+    part: str  # transformer, VAE, text encoder, CLIP image encoder, wav2vec2 audio encoder
     about: str  # the same with the sizes that tell the releases apart
     path: str
     format: str  # whose tensor names: official, diffusers, transformers
@@ -109,7 +100,7 @@ def inspect(path: PathLike) -> Report:
         for name, place in found.experts.items()
     ]
     whole = tuple(dict.fromkeys(Candidate(variant=c.variant) for part in parts for c in part.candidates))
-    others = (found.vae, found.text, found.clip)
+    others = (found.vae, found.text, found.clip, found.audio)
     parts += [describe(open_weights(place, pickles=True)) for place in others if place is not None]
     return Report(
         path=str(path),
@@ -151,8 +142,9 @@ def describe(weights: Weights, *, experts: int | None = None, expert: str | None
 
 
 def _about_dit(config: DiTConfig) -> str:
-    image = ", CLIP image branch" if config.image_dim is not None else ""
-    return f"transformer of {config.layers} layers, width {config.dim}, {config.in_channels} input channels{image}"
+    parts = [name for field, name in PARTS.items() if getattr(config, field) is not None]
+    sizes = f"{config.layers} layers, width {config.dim}, {config.in_channels} input channels"
+    return ", ".join((f"transformer of {sizes}", *parts))
 
 
 ABOUT: dict[str, Callable[[Any], str]] = {
@@ -189,8 +181,8 @@ MANIFESTS: dict[str, tuple[str, DiTConfig | VaeConfig | TextConfig | ClipConfig]
     "wan2.1-t2v-14b-dit": ("dit", VARIANTS["t2v-14B"].dit),
     "wan2.1-i2v-14b-dit": ("dit", VARIANTS["i2v-14B"].dit),
     "wan2.1-flf2v-14b-dit": ("dit", VARIANTS["flf2v-14B"].dit),
-    "wan2.2-s2v-14b-dit": ("dit", DiTConfig(speech=SpeechConfig())),
-    "wan2.2-animate-14b-dit": ("dit", DiTConfig(in_channels=36, image_dim=1280, animate=AnimateConfig())),
+    "wan2.2-s2v-14b-dit": ("dit", VARIANTS["s2v-14B"].dit),
+    "wan2.2-animate-14b-dit": ("dit", VARIANTS["animate-14B"].dit),
     "wan2.1-vae": ("vae", VAE_21),
     "wan2.2-vae": ("vae", VAE_22),
     "umt5-xxl-encoder": ("text", TextConfig()),

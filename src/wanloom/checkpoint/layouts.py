@@ -4,7 +4,8 @@
     diffusers   transformer/, transformer_2/, vae/, text_encoder/, tokenizer/, model_index.json
     comfy       split_files/diffusion_models/*.safetensors and so on: one file a model, official names
 
-VAE and encoders are written as safetensors where the published directory has pickles.
+VAE and encoders are written as safetensors where the published directory has pickles.  The transformers of s2v and
+animate, and s2v's audio encoder, have no place in diffusers' layout here.
 """
 
 from __future__ import annotations
@@ -12,17 +13,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wanloom.checkpoint.find import COMFY, DIFFUSERS, DIFFUSERS_EXPERTS, EXPERTS, OFFICIAL, TOKENIZERS
-from wanloom.models.config import ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.checkpoint.detect import face_layers
+from wanloom.checkpoint.find import AUDIO, COMFY, DIFFUSERS, DIFFUSERS_EXPERTS, EXPERTS, OFFICIAL, TOKENIZERS
+from wanloom.models.config import AudioConfig, ClipConfig, DiTConfig, TextConfig, VaeConfig
 from wanloom.variants import VARIANTS, Variant
 
 LAYOUTS = ("official", "diffusers", "comfy")
 
 # Layout -> kind of model -> the names of its tensors there.
 FORMAT_NAMES = {
-    "official": {"dit": "official", "vae": "official", "text": "official", "clip": "official"},
+    "official": {"dit": "official", "vae": "official", "text": "official", "clip": "official", "audio": "official"},
     "diffusers": {"dit": "diffusers", "vae": "diffusers", "text": "transformers", "clip": "transformers"},
-    "comfy": {"dit": "official", "vae": "official", "text": "transformers", "clip": "transformers"},
+    "comfy": {
+        "dit": "official",
+        "vae": "official",
+        "text": "transformers",
+        "clip": "transformers",
+        "audio": "official",
+    },
 }
 TOKENIZER_PLACE = {"official": TOKENIZERS[0], "diffusers": TOKENIZERS[1], "comfy": TOKENIZERS[2]}
 
@@ -32,6 +40,8 @@ def place(layout: str, part: str, config: object, *, expert: str = "model", name
     if layout == "official":
         if part == "dit":
             return "" if expert == "model" else expert, "diffusion_pytorch_model"
+        if part == "audio":
+            return AUDIO, "model"
         stems = OFFICIAL[part]
         return "", stems[1] if isinstance(config, VaeConfig) and config.residual else stems[0]
     if layout == "diffusers":
@@ -43,6 +53,7 @@ def place(layout: str, part: str, config: object, *, expert: str = "model", name
         "vae": "wan2.2_vae" if isinstance(config, VaeConfig) and config.residual else "wan_2.1_vae",
         "text": "umt5_xxl",
         "clip": "clip_vision_h",
+        "audio": "wav2vec2_large_english",
     }[part]
     return f"split_files/{COMFY[part]}", stem
 
@@ -73,6 +84,49 @@ def official_config(config: DiTConfig) -> dict[str, Any]:
         out["text_dim"] = config.text_dim
     if config.patch != published.patch:
         out["patch_size"] = list(config.patch)
+    if config.animate is not None:
+        del out["model_type"]  # a class of its own, without the key
+    return out | _speech_keys(config) | _animate_keys(config)
+
+
+def _speech_keys(config: DiTConfig) -> dict[str, Any]:
+    """What s2v's config.json says besides."""
+    speech = config.speech
+    if speech is None:
+        return {}
+    return {
+        "_class_name": "WanModel_S2V",
+        "adain_mode": "attn_norm",
+        "add_last_motion": True,
+        "audio_dim": speech.audio_dim,
+        "audio_inject_layers": list(speech.layers),
+        "cond_dim": speech.channels,
+        "enable_adain": True,
+        "enable_framepack": True,
+        "enable_motioner": False,
+        "enable_tsm": False,
+        "framepack_drop_mode": "padd",
+        "model_type": "s2v",
+        "motion_token_num": 1024,
+        "num_audio_token": speech.tokens,
+        "trainable_token_pos_emb": False,
+        "zero_init": False,
+        "zero_timestep": True,
+    }
+
+
+def _animate_keys(config: DiTConfig) -> dict[str, Any]:
+    """What animate's config.json says besides, and after which blocks it looks at the face where that is unusual."""
+    animate = config.animate
+    if animate is None:
+        return {}
+    out: dict[str, Any] = {
+        "_class_name": "WanAnimateModel",
+        "motion_encoder_dim": animate.motion_dim,
+        "use_img_emb": True,
+    }
+    if animate.layers != face_layers(config.layers):
+        out["face_adapter_layers"] = list(animate.layers)
     return out
 
 
@@ -171,10 +225,38 @@ def transformers_clip(config: ClipConfig) -> dict[str, Any]:
     }
 
 
+def transformers_audio(config: AudioConfig) -> dict[str, Any]:
+    """transformers' Wav2Vec2Model."""
+    return {
+        "architectures": ["Wav2Vec2Model"],
+        "model_type": "wav2vec2",
+        "add_adapter": False,
+        "conv_bias": True,
+        "conv_dim": list(config.conv_dim),
+        "conv_kernel": list(config.conv_kernel),
+        "conv_stride": list(config.conv_stride),
+        "do_stable_layer_norm": True,
+        "feat_extract_activation": "gelu",
+        "feat_extract_norm": "layer",
+        "hidden_act": "gelu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "layer_norm_eps": config.eps,
+        "mask_feature_prob": 0.0,
+        "mask_time_prob": 0.0,
+        "num_attention_heads": config.heads,
+        "num_conv_pos_embedding_groups": config.groups,
+        "num_conv_pos_embeddings": config.positions,
+        "num_hidden_layers": config.layers,
+    }
+
+
 def config_json(layout: str, config: object) -> dict[str, Any] | None:
     """The config.json beside a model in a layout, or None where it has none."""
-    if layout == "comfy" or (layout == "official" and not isinstance(config, DiTConfig)):
+    if layout == "comfy" or (layout == "official" and not isinstance(config, DiTConfig | AudioConfig)):
         return None
+    if isinstance(config, AudioConfig):
+        return transformers_audio(config)
     if isinstance(config, DiTConfig):
         return official_config(config) if layout == "official" else diffusers_dit(config)
     if isinstance(config, VaeConfig):
@@ -188,11 +270,26 @@ def config_json(layout: str, config: object) -> dict[str, Any] | None:
 def hidden_facts(config: object) -> dict[str, Any]:
     """What tensor shapes do not tell, in the keys of config.json: kept in `__metadata__`, so that a file can travel."""
     if isinstance(config, DiTConfig):
-        return {"num_heads": config.heads, "text_len": config.text_len, "eps": config.eps}
+        out: dict[str, Any] = {"num_heads": config.heads, "text_len": config.text_len, "eps": config.eps}
+        if config.speech is not None:
+            out["audio_inject_layers"] = list(config.speech.layers)
+        if config.animate is not None:
+            out["face_adapter_layers"] = list(config.animate.layers)
+        return out
     if isinstance(config, TextConfig):
         return {"relative_attention_max_distance": config.max_distance, "layer_norm_epsilon": config.eps}
     if isinstance(config, ClipConfig):
-        return {"num_attention_heads": config.heads, "layer_norm_eps": config.eps}
+        return {
+            "num_attention_heads": config.heads,
+            "layer_norm_eps": config.eps,
+            "projection_dim": config.projection,
+        }
+    if isinstance(config, AudioConfig):
+        return {
+            "num_attention_heads": config.heads,
+            "layer_norm_eps": config.eps,
+            "conv_stride": list(config.conv_stride),
+        }
     assert isinstance(config, VaeConfig)
     return {"latents_mean": list(config.mean), "latents_std": list(config.std)}
 

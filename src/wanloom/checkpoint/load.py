@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from wanloom.checkpoint import manifest
 from wanloom.checkpoint.detect import (
+    check_audio,
     check_clip,
     check_dit,
     check_text,
@@ -36,7 +37,7 @@ from wanloom.checkpoint.header import Entry, unchanged
 from wanloom.checkpoint.names import OPERATIONS, OPTIONAL, format_of
 from wanloom.checkpoint.weights import EXPERT, Source, Weights, few, open_weights
 from wanloom.errors import InputError
-from wanloom.models.config import ClipConfig, DiTConfig, TextConfig, VaeConfig
+from wanloom.models.config import AudioConfig, ClipConfig, DiTConfig, TextConfig, VaeConfig
 from wanloom.variants import Variant
 
 if TYPE_CHECKING:
@@ -75,9 +76,14 @@ def survey(variant: Variant, files: Files) -> Variant:
         clip_weights, clip = survey_clip(files.clip)
         check_clip(clip_weights.where, clip, dit)
         checked.append(clip_weights)
+    audio = variant.audio
+    if files.audio is not None:
+        audio_weights, audio = survey_audio(files.audio)
+        check_audio(audio_weights.where, audio, dit)
+        checked.append(audio_weights)
     for weights in checked:
         manifest.check_sizes(header.path for header in weights.headers)
-    return replace(variant, dit=dit, vae=vae, text=text, clip=clip)
+    return replace(variant, dit=dit, vae=vae, text=text, clip=clip, audio=audio)
 
 
 def survey_dit(path: Path) -> tuple[Weights, DiTConfig]:
@@ -109,6 +115,14 @@ def survey_clip(path: Path) -> tuple[Weights, ClipConfig]:
     weights = open_weights(path, kind="clip")
     config = config_of(weights)
     assert isinstance(config, ClipConfig)
+    return weights, config
+
+
+def survey_audio(path: Path) -> tuple[Weights, AudioConfig]:
+    """A wav2vec2 encoder's table and sizes."""
+    weights = open_weights(path, kind="audio")
+    config = config_of(weights)
+    assert isinstance(config, AudioConfig)
     return weights, config
 
 

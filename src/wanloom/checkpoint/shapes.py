@@ -35,6 +35,12 @@ def dit_shapes(config: DiTConfig) -> dict[str, Shape]:
         out |= _linear("img_emb.proj.3", image, dim) | _norm("img_emb.proj.4", dim)
         if config.image_positions is not None:
             out["img_emb.emb_pos"] = (1, config.image_positions, image)
+    return out | adapter_shapes(config)
+
+
+def adapter_shapes(config: DiTConfig) -> dict[str, Shape]:
+    """The parts that s2v or animate add to a transformer; nothing for the others."""
+    out: dict[str, Shape] = {}
     if config.speech is not None:
         out |= _speech(config, config.speech)
     if config.animate is not None:
@@ -87,22 +93,19 @@ def _speech(config: DiTConfig, speech: SpeechConfig) -> dict[str, Shape]:
     return out
 
 
-MOTION, DIRECTIONS = 512, 20  # of animate's motion encoder, whose sizes are fixed
-MOTION_WIDTHS = (32, 64, 128, 256, 512, 512, 512, 512)
-
-
 def _animate(config: DiTConfig, animate: AnimateConfig) -> dict[str, Shape]:
     """What animate adds: `pose_patch_embedding`, `motion_encoder`, `face_encoder`, `face_adapter`."""
     dim, face, width = config.dim, animate.face_dim, config.head_dim
+    motion, widths = animate.motion_dim, animate.widths
     out: dict[str, Shape] = {
         "pose_patch_embedding.weight": (dim, animate.channels, *config.patch),
         "pose_patch_embedding.bias": (dim,),
-        "motion_encoder.dec.direction.weight": (MOTION, DIRECTIONS),
+        "motion_encoder.dec.direction.weight": (motion, animate.directions),
         "face_encoder.padding_tokens": (1, 1, 1, dim),
     }
     convs = "motion_encoder.enc.net_app.convs"
-    out |= {f"{convs}.0.0.weight": (MOTION_WIDTHS[0], 3, 1, 1), f"{convs}.0.1.bias": (1, MOTION_WIDTHS[0], 1, 1)}
-    for i, (inputs, outputs) in enumerate(pairwise(MOTION_WIDTHS), start=1):
+    out |= {f"{convs}.0.0.weight": (widths[0], 3, 1, 1), f"{convs}.0.1.bias": (1, widths[0], 1, 1)}
+    for i, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         out |= {
             f"{convs}.{i}.conv1.0.weight": (inputs, inputs, 3, 3),
             f"{convs}.{i}.conv1.1.bias": (1, inputs, 1, 1),
@@ -112,11 +115,11 @@ def _animate(config: DiTConfig, animate: AnimateConfig) -> dict[str, Shape]:
             f"{convs}.{i}.skip.0.kernel": (4, 4),
             f"{convs}.{i}.skip.1.weight": (outputs, inputs, 1, 1),
         }
-    out[f"{convs}.{len(MOTION_WIDTHS)}.weight"] = (MOTION, MOTION_WIDTHS[-1], 4, 4)
+    out[f"{convs}.{len(widths)}.weight"] = (motion, widths[-1], 4, 4)
     for i in range(5):
-        out |= _linear(f"motion_encoder.enc.fc.{i}", MOTION, DIRECTIONS if i == 4 else MOTION)
+        out |= _linear(f"motion_encoder.enc.fc.{i}", motion, animate.directions if i == 4 else motion)
     for name, inputs, outputs in (
-        ("conv1_local", MOTION, animate.tokens * face),
+        ("conv1_local", motion, animate.tokens * face),
         ("conv2", face, face),
         ("conv3", face, face),
     ):

@@ -23,8 +23,12 @@ from wanloom.checkpoint.pickled import read_pickled
 from wanloom.errors import InputError
 
 INDEX = ".safetensors.index.json"
-STEMS = ("diffusion_pytorch_model", "model")  # what the hub's libraries call a model's only file
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # what the hub's libraries call a model's only file
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
+# VAE and encoders were published as pickles and are read; a transformer never is.
+PUBLISHED_PICKLES: dict[str | None, tuple[str, ...]] = {
+    **dict.fromkeys((None, "vae", "text", "clip"), (".pth",)), "audio": (".pth", ".bin"),
+}  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 # What `convert` writes into the `__metadata__` of its files.
@@ -113,7 +117,7 @@ class Weights:
 
 def plain_name(name: str) -> bool:
     """Whether a file has the name the hub's libraries give the only model of a directory."""
-    stem = name.removesuffix(INDEX).removesuffix(".safetensors")
+    stem = name.removesuffix(INDEX).removesuffix(".safetensors").removesuffix(".bin")
     return name != stem and re.sub(r"-\d{5}-of-\d{5}$", "", stem) in STEMS
 
 
@@ -170,9 +174,11 @@ def list_files(
     if not path.is_dir():
         file = prefer_safetensors(path)
         stamp(file)
-        # The published VAE and encoders are pickles and are read; a transformer never is.
-        refused = kind == "dit" or file.suffix.lower() != ".pth"
-        if file.suffix.lower() in PICKLES and refused and not pickles:
+        if (
+            file.suffix.lower() in PICKLES
+            and file.suffix.lower() not in PUBLISHED_PICKLES.get(kind, ())
+            and not pickles
+        ):
             raise InputError(
                 "E4002",
                 f"{file}: pickle format refused, it can hold code. Run: wanloom convert {file} DIR --to official",

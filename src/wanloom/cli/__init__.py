@@ -30,6 +30,7 @@ COMMANDS = {
     "models": ("models", "The models there are, where to get them, how large they are."),
     "inspect": ("inspect", "Say what a checkpoint file or directory is."),
     "convert": ("convert", "Write a checkpoint in another layout or number format."),
+    "preprocess": ("preprocess", "Make a model's inputs from raw videos and pictures."),
     "train": ("train", "Train a model from a recipe file."),
 }
 

@@ -42,7 +42,7 @@ def describe(row: Variant) -> dict[str, Any]:
         "bytes": size(row),
         "present": is_present(row),
         "files": [{"part": file.part, "name": file.name, "bytes": file.bytes} for file in row.files],
-        "images": {image: "needed" if needed else "optional" for image, needed in row.images},
+        "images": {image: "needed" if needed else "optional" for image, needed in row.inputs},
         "sizes": ["x".join(map(str, pair)) for pair in row.sizes],
         "defaults": {
             "size": "x".join(map(str, defaults.size)),

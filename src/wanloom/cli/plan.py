@@ -162,7 +162,7 @@ def alternatives(outlook: Outlook) -> Iterator[str]:
 
 def _needed(row: Variant) -> list[str]:
     """The pictures that a model cannot do without."""
-    return [name for name, needed in row.images if needed]
+    return [name for name, needed in row.inputs if needed]
 
 
 def _resources(outlook: Outlook) -> Iterator[tuple[str, str, str, str]]:

@@ -21,12 +21,12 @@ from wanloom.checkpoint.load import survey
 from wanloom.cli.options import DEFAULT_TASK, typed_values
 from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, what_is_free
 from wanloom.errors import InputError, WanloomWarning
+from wanloom.inputs import facts, read_inputs, with_folder
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
-from wanloom.request import OPTIONS, Request, request_from_text
+from wanloom.request import OPTIONS, ROLES, Request, request_from_text
 from wanloom.variants import VARIANTS, Variant, variant_for
 
-PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip")
-ROLES = ("image", "last_image")
+PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip", "audio_encoder")
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     typed = typed_values(params)
     _refuse_odd_target(typed.get("out"))
     request, replayed = _request(typed, like, resume)
+    request = with_folder(request)
     variant, demo_name = choose_model(request)
     check_request(request, variant)
     check_machine(request)
-    inputs = read_pictures(request)
+    inputs = facts(read_inputs(request))
     request = replace(request, seed=_seed(request))
     make_plan(request, variant, inputs=inputs)  # mistakes in the request are said before those in the files
     request = _with_demo_path(request, demo_name)
@@ -62,7 +63,7 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     if replayed is not None:
         _check_replay(plan, replayed, typed)
     for note in plan.notes:
-        warnings.warn(WanloomWarning(f"W2004: {note}"), stacklevel=2)
+        warnings.warn(WanloomWarning(note), stacklevel=2)
     if demo_name is not None:
         _warn_of_unknown_words(plan.prompt)
     outputs = output_files(request, plan) if resume is None else _outputs_of(resume, typed)
@@ -181,22 +182,6 @@ def _warn_of_unknown_words(prompt: str) -> None:
         warnings.warn(WanloomWarning(f"W2034: prompt: {text}"), stacklevel=3)
 
 
-# --- the pictures ---------------------------------------------------------------------------------------------------
-
-
-def read_pictures(request: Request) -> tuple[Input, ...]:
-    """Every picture of a request, opened and understood. Errors: E3001 to E3008, naming the option."""
-    inputs = []
-    for role in ROLES:
-        source = getattr(request, role)
-        if source is not None:
-            from wanloom.media import read_picture
-
-            picture = read_picture(source, role.replace("_", "-"))
-            inputs.append(Input(role=role, name=picture.name, sha256=picture.sha256, size=picture.size))
-    return tuple(inputs)
-
-
 # --- the output -----------------------------------------------------------------------------------------------------
 
 
@@ -250,4 +235,4 @@ def check_outputs(outputs: tuple[Path, ...], plan: Plan, need: budget.Need, *, o
 
     for path in outputs:
         media.check_output(path, overwrite=overwrite, need=need.disk * len(outputs))
-    media.try_encoder(outputs[0], size=plan.size, fps=plan.fps, quality=plan.quality)
+    media.try_encoder(outputs[0], size=plan.size, fps=plan.rate, quality=plan.quality)

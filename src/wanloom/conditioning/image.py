@@ -97,6 +97,13 @@ def clip_frames(views: list[Tensor], frames: int, vae: CausalVae) -> Iterator[Te
         yield piece.to(like)
 
 
+def encode_frames(vae: CausalVae, video: Tensor) -> Tensor:
+    """Pixels [1, 3, 4n + 1, H, W] -> latents [1, C, n + 1, h, w], piece by piece."""
+    video = video.to(vae.conv1.weight)
+    rest = torch.split(video[:, :, 1:], vae.config.stride[0], 2) if video.shape[2] > 1 else ()
+    return torch.cat(list(vae.encode_chunks(iter((video[:, :, :1], *rest)))), 2)
+
+
 def given_mask(latent: Tensor, step: int, *, last: bool) -> Tensor:
     """Which pixel frames are given, as channels beside `latent` [1, C, T, h, w]: [1, step, T, h, w] of 0 and 1.
 

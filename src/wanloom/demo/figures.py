@@ -352,10 +352,14 @@ def sample_outfit(rng: np.random.Generator) -> Outfit:
     )
 
 
-def dressed_figure(outfit: Outfit, pose: dict[str, tuple[Floats, Floats]], *, size: int = 64) -> Pixels:
-    """Draw a pose as a person in clothes: uint8 [F, size, size, 3]."""
+def dressed_figure(
+    outfit: Outfit, pose: dict[str, tuple[Floats, Floats]], *, size: int = 64, behind: Pixels | None = None
+) -> Pixels:
+    """Draw a pose as a person in clothes, over the outfit's own ground or over pictures: uint8 [F, size, size, 3]."""
     paint = Painter(size, len(pose["hip"][0]), outfit.ground)
-    if outfit.floor is not None:
+    if behind is not None:
+        paint.canvas[:] = behind
+    elif outfit.floor is not None:
         paint.quad([(-1.0, 54.0), (65.0, 54.0), (65.0, 65.0), (-1.0, 65.0)], outfit.floor)
     (hx, hy), (nx, ny), (x, y) = pose["hip"], pose["neck"], pose["head"]
     if outfit.long_hair:

@@ -120,7 +120,7 @@ def _mouth(pixels: Floats) -> Floats:
 def compare(seen: Seen, mouth: Floats, face: Face, *, reach: int = 6) -> Verdict:
     """Hold what was seen against the openings of a sound, [F] like the video's frames, and the face that was given."""
     lags = range(-reach, reach + 1)
-    scores = [_correlation(seen.mouth, mouth, lag) for lag in lags]
+    scores = [correlation(seen.mouth, mouth, lag) for lag in lags]
     return Verdict(
         correlation=scores[reach],
         lag=lags[int(np.argmax(scores))],
@@ -129,7 +129,7 @@ def compare(seen: Seen, mouth: Floats, face: Face, *, reach: int = 6) -> Verdict
     )
 
 
-def _correlation(seen: Floats, heard: Floats, lag: int) -> float:
+def correlation(seen: Floats, heard: Floats, lag: int = 0) -> float:
     """Of what is seen `lag` frames after it is heard; 0 where one of them does not change."""
     count = len(seen) - abs(lag)
     a, b = (seen[lag:], heard[:count]) if lag >= 0 else (seen[:count], heard[-lag:])

@@ -16,7 +16,7 @@ from .world import Floats
 
 RATE = 16_000  # samples a second
 FPS = 16  # video frames a second
-WINDOW = 0.08  # seconds of sound that a mouth answers to
+WINDOW = 0.2  # seconds of sound that a mouth answers to: about a syllable
 LOUD = 0.95  # the quantile of loudness at which a mouth is wide open
 
 # Formant frequencies (Hz) of vowels of a grown-up voice: a, e, i, o, u.
@@ -49,7 +49,7 @@ def opening(wave: Floats, frames: int, fps: float = FPS, rate: int = RATE) -> Fl
     low = np.clip(middle - WINDOW * rate / 2, 0, len(wave)).astype(int)
     high = np.clip(middle + WINDOW * rate / 2, 0, len(wave)).astype(int)
     loud = np.sqrt((energy[high] - energy[low]) / np.maximum(high - low, 1))
-    step = round(WINDOW * rate)
+    step = round(WINDOW * rate / 2)
     blocks = np.sqrt(np.maximum(np.diff(energy[::step]), 0) / step)
     wide = float(np.quantile(blocks, LOUD)) if len(blocks) else 0.0
     return np.asarray(np.clip((loud / max(wide, 1e-6) - 0.08) / 0.92, 0, 1), np.float32)

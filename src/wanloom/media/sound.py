@@ -101,7 +101,7 @@ def _decoded(data: bytes, demuxer: str, name: str) -> Iterator[tuple[int, Wave]]
         container: Any
         with av.open(io.BytesIO(data), format=demuxer, options=options) as container:
             stream = _stream(container, name)
-            to_float = av.AudioResampler(format="fltp")
+            to_float = av.AudioResampler(format="flt")  # one plane: PyAV 18 reads beyond the planes of 8 channels
             for frame in container.decode(stream):
                 yield from _pieces(to_float, frame)
             yield from _pieces(to_float, None)
@@ -125,8 +125,8 @@ def _stream(container: Any, name: str) -> Any:
 
 def _pieces(to_float: Any, frame: Any) -> Iterator[tuple[int, Wave]]:
     for made in to_float.resample(frame):
-        samples: NDArray[Any] = made.to_ndarray()
-        yield made.sample_rate, samples.mean(0, dtype=np.float32)
+        samples: NDArray[Any] = made.to_ndarray().reshape(made.samples, -1)
+        yield made.sample_rate, samples.mean(1, dtype=np.float32)
 
 
 def _mono_16k(pieces: Iterator[tuple[int, Wave]], name: str) -> Wave:

@@ -50,7 +50,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, need: int = 0) ->
         )
 
 
-def try_encoder(path: str | Path, *, size: tuple[int, int], fps: int, quality: int) -> None:
+def try_encoder(path: str | Path, *, size: tuple[int, int], fps: Rate, quality: int) -> None:
     """Encode two frames of this size with the settings of `path`, in memory.  Error: E8004, naming the encoder."""
     path = Path(path)
     ramp = np.linspace(0, 255, size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)
@@ -71,6 +71,7 @@ class Sink(Protocol):
 
 
 Target = Path | BinaryIO
+Rate = int | Fraction  # frames a second
 
 
 class VideoWriter:
@@ -84,7 +85,7 @@ class VideoWriter:
     without an error; use `save_video` to make that atomic.  Errors: E2017 for a suffix, E8004 for a missing encoder.
     """
 
-    def __init__(self, path: str | Path, *, fps: int, quality: int = 8, comment: str = "") -> None:
+    def __init__(self, path: str | Path, *, fps: Rate, quality: int = 8, comment: str = "") -> None:
         self.frames = 0
         self._sink = sink_for(Path(path))(Path(path), fps, quality, comment)
 
@@ -111,7 +112,7 @@ def save_video(
     path: str | Path,
     frames: Frames | Iterable[Frames],
     *,
-    fps: int,
+    fps: Rate,
     quality: int = 8,
     comment: str = "",
     overwrite: bool = False,
@@ -157,7 +158,7 @@ CODECS = {
 class CodecSink:
     """H.264 or VP9 in a container, by PyAV."""
 
-    def __init__(self, codec: Codec, target: Target, fps: int, quality: int, comment: str) -> None:
+    def __init__(self, codec: Codec, target: Target, fps: Rate, quality: int, comment: str) -> None:
         self._codec, self._target, self._comment = codec, target, comment
         self._fps, self._factor = fps, str(codec.factor(quality))
         self._container: Any = None
@@ -234,7 +235,7 @@ class _encoder_errors:
 class GifSink:
     """An animated GIF: 256 colours chosen for each frame, hundredths of a second, endless."""
 
-    def __init__(self, target: Target, fps: int, quality: int, comment: str) -> None:
+    def __init__(self, target: Target, fps: Rate, quality: int, comment: str) -> None:
         self._target, self._fps, self._comment = target, fps, comment
         self._frames: list[Any] = []  # one byte a pixel
 
@@ -265,8 +266,8 @@ class GifSink:
 class PngSink:
     """A PNG, or an animated PNG when more frames follow: lossless, and memory does not grow with the frames."""
 
-    def __init__(self, target: Target, fps: int, quality: int, comment: str) -> None:
-        self._fps, self._comment = fps, comment
+    def __init__(self, target: Target, fps: Rate, quality: int, comment: str) -> None:
+        self._fps, self._comment = Fraction(fps).limit_denominator(2000), comment
         self._file: BinaryIO = target.open("wb") if isinstance(target, Path) else target
         self._owned = isinstance(target, Path)
         self._first: list[tuple[bytes, bytes]] = []  # chunks of the first frame, until it is known if another follows
@@ -320,7 +321,7 @@ class PngSink:
             self._chunk(b"IDAT", body)
 
     def _frame_control(self) -> None:
-        at, rate = struct.pack(">II", 0, 0), struct.pack(">HHBB", 1, self._fps, 0, 0)
+        at, rate = struct.pack(">II", 0, 0), struct.pack(">HHBB", self._fps.denominator, self._fps.numerator, 0, 0)
         self._chunk(b"fcTL", struct.pack(">I", self._pieces) + self._size + at + rate)
         self._pieces += 1
 
@@ -333,18 +334,18 @@ def _pixels(chunks: list[tuple[bytes, bytes]]) -> list[bytes]:
     return [body for kind, body in chunks if kind == b"IDAT"]
 
 
-def _codec_sink(suffix: str) -> Callable[[Target, int, int, str], Sink]:
+def _codec_sink(suffix: str) -> Callable[[Target, Rate, int, str], Sink]:
     return lambda target, fps, quality, comment: CodecSink(CODECS[suffix], target, fps, quality, comment)
 
 
-SINKS: dict[str, Callable[[Target, int, int, str], Sink]] = {
+SINKS: dict[str, Callable[[Target, Rate, int, str], Sink]] = {
     **{suffix: _codec_sink(suffix) for suffix in CODECS},
     ".gif": GifSink,
     ".png": PngSink,
 }
 
 
-def sink_for(path: Path) -> Callable[[Target, int, int, str], Sink]:
+def sink_for(path: Path) -> Callable[[Target, Rate, int, str], Sink]:
     """What writes files with this suffix.  Error: E2017."""
     try:
         return SINKS[path.suffix.lower()]

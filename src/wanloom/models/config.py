@@ -44,6 +44,14 @@ class AnimateConfig:
     face_dim: int = 1024  # width of the face encoder, for each of its tokens
     tokens: int = 4  # per latent frame from the face; one learned token joins them
     channels: int = 16  # of pose latents
+    motion_dim: int = 512  # numbers that describe a face
+    directions: int = 20  # in which they can move
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)  # of the motion encoder at 512, 256 ... 4 pixels
+
+    @property
+    def face_size(self) -> int:
+        """Pixels a side of the picture of a face: the motion encoder halves it down to 4."""
+        return 4 << (len(self.widths) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,33 +78,43 @@ class Experts:
     """A velocity of experts of which one at a time is in memory: the one in use is closed before the next is opened.
 
     `use(name)` is a context manager that brings an expert in and gives its forward function; `bind(name, forward)`
-    makes the expert's velocity.  As timesteps fall, each expert is opened at most once in a run.  Leave the `with`
-    block to close the last one.
+    makes the expert's velocity.  As timesteps fall, each expert is opened at most once in a run.  `take` gives another
+    `bind`, for the next clip of a video say, and keeps the expert that is in memory.  Leave the `with` block to close
+    the last one.
     """
 
     def __init__(
         self,
         experts: Sequence[tuple[str, float]],
         use: Callable[[str], AbstractContextManager[Forward]],
-        bind: Callable[[str, Forward], Velocity],
+        bind: Callable[[str, Forward], Velocity] | None = None,
     ) -> None:
         self.experts = tuple(experts)
         self.name: str | None = None  # of the expert in use
         self._use, self._bind = use, bind
         self._stack = ExitStack()
+        self._forward: Forward | None = None
         self._velocity: Velocity | None = None
+
+    def take(self, bind: Callable[[str, Forward], Velocity]) -> None:
+        """From now on the experts' velocities are made by `bind`."""
+        self._bind, self._velocity = bind, None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         name = expert_for(self.experts, t)
-        if name != self.name or self._velocity is None:
+        if name != self.name or self._forward is None:
             self.close()
-            self._velocity = self._bind(name, self._stack.enter_context(self._use(name)))
+            self._forward = self._stack.enter_context(self._use(name))
             self.name = name
+        if self._velocity is None:
+            if self._bind is None:
+                raise ValueError("these experts were not told how to be asked: call take(bind)")
+            self._velocity = self._bind(name, self._forward)
         return self._velocity(x, t)
 
     def close(self) -> None:
         """Give back the expert in use, if any."""
-        self.name = self._velocity = None  # first: the velocity holds the model's weights
+        self.name = self._forward = self._velocity = None  # first: they hold the model's weights
         self._stack.close()
 
     def __enter__(self) -> Experts:

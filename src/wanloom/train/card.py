@@ -150,7 +150,7 @@ def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -
     """Judge the checkpoint, write card.json, README.md and sheets beside it; returns the card."""
     variant = VARIANTS[name]
     text = variant.conditioner != "image"
-    image = bool(variant.images)
+    image = bool(variant.inputs)
     floors = {**FLOORS_ALL, **(FLOORS_TEXT if text else {}), **(FLOORS_IMAGE if image else {})}
     pipe = wanloom.load(checkpoint, task=name)
     figures = reconstruction(checkpoint, variant.defaults.size[0], variant.defaults.frames, count).summary()

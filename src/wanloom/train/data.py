@@ -7,7 +7,8 @@ The VAE trains on clips rendered as they are needed (2 ms each).  Flow matching 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wanloom.demo import dance, talk
 from wanloom.demo.figures import figure_clip
+from wanloom.demo.voices import opening, sample_voice
 from wanloom.demo.world import Clip, caption, render, sample_clip
 from wanloom.durable import atomic_path
 from wanloom.models.vae import CausalVae
@@ -41,24 +44,62 @@ def to_video(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
+# What the clips of a world of people show, and how often.
+PEOPLE = {"talk": (("head", 1.0),), "dance": (("figure", 0.75), ("stick", 0.13), ("room", 0.12))}
+
+
+def people_clip(rng: np.random.Generator, kind: str, size: int, frames: int, split: str = "train") -> np.ndarray:
+    """One clip of the world of people, uint8 [frames, size, size, 3].
+
+    kind: "head" speaks; "figure" dances in a room; "stick" leads it; "room" is the room with the figure's cells black.
+    """
+    if kind == "head":
+        head = talk.sample_talk(rng, split=split, seconds=frames / 16)
+        mouth = opening(sample_voice(rng, frames / 16 + 1), frames + 16)[16 * int(rng.integers(2)) :][:frames]
+        return talk.speak(head, mouth, fps=16, size=size)
+    scene = dance.sample_dance(rng, frames, split=split)
+    if kind == "stick":
+        return dance.drive(scene, size=size)
+    if kind == "figure":
+        return dance.perform(scene, size=size)
+    black = dance.cover(scene, size=size)[..., None] > 0
+    return np.where(black, np.uint8(0), dance.draw_room(scene.room, size=size)[None])
+
+
+def vae_clip(rng: np.random.Generator, recipe: Recipe, loss: VaeLoss, size: int, frames: int) -> np.ndarray:
+    """A clip to train the VAE on, uint8 [frames, size, size, 3]."""
+    if recipe.data.world in PEOPLE:
+        kinds, shares = zip(*PEOPLE[recipe.data.world], strict=True)
+        return people_clip(rng, kinds[rng.choice(len(kinds), p=shares)], size, frames)
+    if rng.random() < loss.figures:
+        return figure_clip(rng, size, frames)
+    return render(sample_clip(rng, objects=2 if rng.random() < 0.25 else 1, split="train"), size, frames)
+
+
+def held_out_clip(recipe: Recipe, index: int, size: int, frames: int) -> np.ndarray:
+    """Held-out clip number `index` of the recipe's world, uint8 [frames, size, size, 3]."""
+    if recipe.data.world in PEOPLE:
+        kind = PEOPLE[recipe.data.world][0][0]
+        return people_clip(stream(recipe.seed, HELD_OUT, index), kind, size, frames, "held_out")
+    return render(sample_training_clip(recipe.seed, HELD_OUT, index, recipe.data), size, frames)
+
+
 def vae_batch(recipe: Recipe, loss: VaeLoss, stage: Stage, size: int, step: int, rank: int) -> Tensor:
     """Clips [B, 3, F, crop, crop] in [-1, 1]: shapes, and figures for the models that come later."""
     rng = stream(recipe.seed, BATCH, step, rank)
     crop = stage.crop or size
     clips = []
     for _ in range(stage.batch):
-        if rng.random() < loss.figures:
-            frames = figure_clip(rng, size, max(stage.frames, 2))
-        else:
-            clip = sample_clip(rng, objects=2 if rng.random() < 0.25 else 1, split="train")
-            frames = render(clip, size, max(stage.frames, 2) if stage.frames > 1 else 17)
+        frames = vae_clip(rng, recipe, loss, size, stage.frames if stage.frames > 1 else 17)
         if stage.frames == 1:
             at = int(rng.integers(len(frames)))
             frames = frames[at : at + 1]
         if crop < size:
             # half of the crops look for an edge: a flat piece of background teaches nothing
             y, x = (int(v) for v in rng.integers(0, size - crop + 1, 2))
-            if rng.random() < 0.8:
+            if recipe.data.world == "talk" and rng.random() < 0.5:  # the mouth is small, and what matters most
+                y, x = (int(v * size / 64) - crop // 2 + int(rng.integers(-6, 7)) for v in (39, 32))
+            elif rng.random() < 0.8:
                 for _ in range(8):
                     if frames[:, y : y + crop, x : x + crop].std((0, 1, 2)).max() > 8:
                         break
@@ -77,11 +118,11 @@ def sample_training_clip(seed: int, purpose: int, index: int, data: Data) -> Cli
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Encoded clips: latents [N, C, T, h, w], what each clip shows, and for I2V its conditioning channels."""
+    """Encoded clips: latents [N, C, T, h, w], what each clip shows, and what else the model reads (I2V: y)."""
 
     latents: Tensor
     clips: tuple[Clip, ...]
-    y: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def captions(self, indices: list[int], rng: np.random.Generator, dropout: float) -> list[str]:
         """A fresh wording for each clip; "" for the share that teaches guidance."""
@@ -104,7 +145,7 @@ def image_channels(vae: CausalVae, video: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_clips(
     vae: CausalVae, recipe: Recipe, purpose: int, indices: range, size: int, frames: int, *, image: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> dict[str, Tensor]:
     latents, ys = [], []
     for start in range(indices.start, indices.stop, 8):
         batch = torch.stack(
@@ -116,43 +157,45 @@ def encode_clips(
         latents.append(vae.encode(batch)[0].bfloat16())
         if image:
             ys.append(image_channels(vae, batch).bfloat16())
-    return torch.cat(latents), torch.cat(ys) if image else None
+    return {"latents": torch.cat(latents), **({"y": torch.cat(ys)} if image else {})}
 
 
 def latent_cache(
     vae: CausalVae, digest: str, recipe: Recipe, ranks: Ranks, folder: Path, purpose: int, count: int,
     size: int, frames: int, *, image: bool,
 ) -> LatentCache:  # fmt: skip
-    """The encoded clips, made in shares by all ranks the first time and read afterwards.
+    """The encoded clips of moving shapes, by `cached`."""
+    about = {"vae": digest, "size": size, "frames": frames, "two": recipe.data.two_objects}
+    found = cached(
+        about, recipe, ranks, folder, purpose, count,
+        lambda mine: encode_clips(vae, recipe, purpose, mine, size, frames, image=image),
+    )  # fmt: skip
+    clips = tuple(sample_training_clip(recipe.seed, purpose, i, recipe.data) for i in range(count))
+    return LatentCache(found.pop("latents"), clips, found)
 
-    The cache says which VAE (`digest`) and which data it came from; another one is never taken for it.
+
+def cached(
+    about: Mapping[str, object], recipe: Recipe, ranks: Ranks, folder: Path, purpose: int, count: int,
+    make: Callable[[range], dict[str, Tensor]],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Tensors [count, ...], made in shares by all ranks the first time and read afterwards.
+
+    The files say what they came from (`about`, seed, count); others are never taken for them.
     """
-    about = json.dumps(
-        {
-            "vae": digest,
-            "seed": recipe.seed,
-            "count": count,
-            "size": size,
-            "frames": frames,
-            "two": recipe.data.two_objects,
-        }
-    )
+    text = json.dumps({**about, "seed": recipe.seed, "count": count})
     folder.mkdir(parents=True, exist_ok=True)
     kind = "held_out" if purpose == HELD_OUT else "clips"
     mine = folder / f"{kind}-{ranks.rank}-of-{ranks.size}.safetensors"
-    if not _is_cache_of(mine, about):
-        latents, y = encode_clips(vae, recipe, purpose, ranks.mine(count), size, frames, image=image)
+    if not _is_cache_of(mine, text):
+        made = make(ranks.mine(count))
         with atomic_path(mine) as part:
-            save_file({"latents": latents, **({"y": y} if y is not None else {})}, part, metadata={"about": about})
+            save_file(made, part, metadata={"about": text})
     ranks.barrier()
     parts: list[dict[str, Tensor]] = []
     for rank in range(ranks.size):
         with safe_open(folder / f"{kind}-{rank}-of-{ranks.size}.safetensors", "pt") as file:
             parts.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
-    clips = tuple(sample_training_clip(recipe.seed, purpose, i, recipe.data) for i in range(count))
-    return LatentCache(
-        torch.cat([p["latents"] for p in parts]), clips, torch.cat([p["y"] for p in parts]) if image else None
-    )
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _is_cache_of(path: Path, about: str) -> bool:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from wanloom.checkpoint.convert import save_official
+from wanloom.models.adapters import build_dit
+from wanloom.models.config import DiTConfig
 from wanloom.models.vae import CausalVae
 from wanloom.train.recipe import Recipe
 from wanloom.variants import Variant
@@ -25,13 +28,26 @@ def averages_of(folder: Path, phase: str, module: str) -> dict[str, torch.Tensor
     return {n.removeprefix(f"{module}."): v for n, v in values.items() if n.startswith(f"{module}.")}
 
 
+def published(values: Mapping[str, torch.Tensor], config: DiTConfig) -> dict[str, torch.Tensor]:
+    """A transformer's tensors under their published names, from those of its own parameters."""
+    dit = build_dit(config)
+    with torch.no_grad():
+        for name, parameter in dit.named_parameters():
+            parameter.copy_(values[name])
+    return {name: value.detach() for name, value in dit.state_dict().items()}
+
+
 def write_checkpoint(
-    recipe: Recipe, folder: Path, variant: Variant, text: Mapping[str, torch.Tensor], vae: CausalVae
-) -> None:
-    """`folder`/checkpoint: a DiT per expert (its own phase, else the last one), text encoder, VAE, tokenizer; bf16."""
+    recipe: Recipe, folder: Path, variant: Variant, text: Mapping[str, torch.Tensor], vae: CausalVae,
+    *, clip: nn.Module | None = None, audio: nn.Module | None = None,
+) -> None:  # fmt: skip
+    """`folder`/checkpoint: a DiT per expert (its own phase, else the last one), text encoder, VAE, tokenizer; bf16.
+
+    clip, audio: the frozen encoders of pictures and sound, where the model has them.
+    """
     phases = [phase.name for phase in recipe.phases]
     dits = {
-        name: (averages_of(folder, name if name in phases else phases[-1], "dit"), variant.dit)
+        name: (published(averages_of(folder, name if name in phases else phases[-1], "dit"), variant.dit), variant.dit)
         for name, _ in variant.experts
     }
     save_official(
@@ -40,6 +56,8 @@ def write_checkpoint(
         vae=vae.state_dict(),
         vae_config=vae.config,
         text=text,
+        clip=None if clip is None or variant.clip is None else (clip.state_dict(), variant.clip),
+        audio=None if audio is None or variant.audio is None else (audio.state_dict(), variant.audio),
         tokenizer_dir=folder / "checkpoint" / "google" / "umt5-xxl",
         dtype=torch.bfloat16,
     )

@@ -6,6 +6,7 @@ first latent frame is given clean.  Experts are phases that start from a shared 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wanloom.checkpoint.detect import config_of
 from wanloom.checkpoint.load import load_into, survey_dit, survey_text, survey_vae
+from wanloom.checkpoint.weights import open_weights
 from wanloom.demo.judge import judge
 from wanloom.demo.world import VOCABULARY, caption
 from wanloom.durable import sha256_file
 from wanloom.encoders import Tokenizer, build_umt5
+from wanloom.models.adapters import build_dit
 from wanloom.models.config import DiTConfig
 from wanloom.models.dit import DiT, init_for_training, rope_table
 from wanloom.models.layers import Scene
@@ -74,7 +78,13 @@ class AtFrame(nn.Module):
 
 
 class FlowTask:
-    """What a flow-matching run needs to know of its subject; the loop does the rest."""
+    """What a flow-matching run needs to know of its subject; the loop does the rest.
+
+    This one's subject is moving shapes.  `train/people.py` has others, which say it anew: what is cached, which clips
+    make a batch, what is left out for guidance, and how samples are judged.
+    """
+
+    vocabulary: Sequence[str] = VOCABULARY
 
     def __init__(self, recipe: Recipe, ranks: Ranks, folder: Path) -> None:
         assert recipe.vae is not None
@@ -87,10 +97,10 @@ class FlowTask:
         self.clips = self._cache(digest, CLIPS, recipe.data.clips)
         self.held_out = self._cache(digest, HELD_OUT, recipe.data.held_out)
         if ranks.first:
-            write_tokenizer(VOCABULARY, folder / "checkpoint" / "google" / "umt5-xxl", variant.dit.text_len)
+            write_tokenizer(self.vocabulary, folder / "checkpoint" / "google" / "umt5-xxl", variant.dit.text_len)
         ranks.barrier()
         self.tokenizer = Tokenizer(folder / "checkpoint" / "google" / "umt5-xxl")
-        self.text_config = replace(variant.text, vocab=len(SPECIAL) + len(VOCABULARY))
+        self.text_config = replace(variant.text, vocab=len(SPECIAL) + len(self.vocabulary))
         self._build()
 
     def _cache(self, digest: str, purpose: int, count: int) -> LatentCache:
@@ -102,7 +112,7 @@ class FlowTask:
     def _build(self) -> None:
         dtype = getattr(torch, self.recipe.dtype)
         self.device = torch.device(self.recipe.device)
-        self.dit = init_for_training(DiT(self.variant.dit), torch_stream(self.recipe.seed)).to(self.device, dtype)
+        self.dit = init_for_training(build_dit(self.variant.dit), torch_stream(self.recipe.seed)).to(self.device, dtype)
         self.text = build_umt5(self.text_config).to(self.device, dtype)
         self.at_frame = AtFrame(self.variant.dit, self.latent_frames)
         self.dit.prepare.append(self.at_frame)
@@ -155,8 +165,13 @@ class FlowTask:
 
     def batch(self, cache: LatentCache, indices: list[int], context: Tensor) -> FlowBatch:
         x0 = cache.latents[indices].to(self.device, torch.float32)
-        y = None if cache.y is None else cache.y[indices].to(self.device, torch.float32)
-        return FlowBatch(x0, context, y, live=self.live)
+        inputs = {name: value[indices].to(self.device, torch.float32) for name, value in cache.inputs.items()}
+        return FlowBatch(x0, context, inputs, live=self.live)
+
+    def velocity(self, x: Tensor, t: Tensor, context: Tensor, **inputs: Tensor) -> Tensor:
+        """The model's answer to what a conditioner would give."""
+        out: Tensor = self.dit(x, t, **self.dit.once({"context": context, **inputs}))
+        return out
 
     def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
         seed, rank = self.recipe.seed, self.ranks.rank
@@ -167,7 +182,7 @@ class FlowTask:
         if stage.frames == 1:
             self.at_frame.place = int(stream(seed, BATCH, step).integers(self.latent_frames))  # alike on all ranks
             cut = slice(self.at_frame.place, self.at_frame.place + 1)
-            batch = replace(batch, x0=batch.x0[:, :, cut], y=None if batch.y is None else batch.y[:, :, cut])
+            batch = replace(batch, x0=batch.x0[:, :, cut], inputs={k: v[:, :, cut] for k, v in batch.inputs.items()})
         else:
             self.at_frame.place = 0
             if phase.flow.first_frame:
@@ -176,7 +191,7 @@ class FlowTask:
         generator = torch_stream(seed, NOISE, step, rank)
         sigma = sample_sigmas(len(indices), phase.flow, generator)
         noise = torch.randn(batch.x0.shape, generator=generator)
-        loss, _ = flow_loss(self.dit, batch, sigma.to(self.device), noise.to(self.device))
+        loss, _ = flow_loss(self.velocity, batch, sigma.to(self.device), noise.to(self.device))
         return loss, {}
 
     @torch.no_grad()
@@ -192,7 +207,7 @@ class FlowTask:
             batch = self.batch(self.held_out, mine, self.encode([captions[i] for i in mine]))
             noise = torch.stack([self._noise(batch, i) for i in mine]).to(self.device)
             for k, level in enumerate(LEVELS):
-                _, each = flow_loss(self.dit, batch, torch.full((len(mine),), level, device=self.device), noise)
+                _, each = flow_loss(self.velocity, batch, torch.full((len(mine),), level, device=self.device), noise)
                 sums[k] = each.sum()
         losses = (self.ranks.sum_(sums) / count).tolist()
         inside = [v for v, s in zip(losses, LEVELS, strict=True) if phase.flow.low <= s <= phase.flow.high]
@@ -243,31 +258,43 @@ class FlowTask:
     def denoise(self, x: Tensor, batch: FlowBatch, context: Tensor, empty: Tensor, *, given: bool) -> Tensor:
         """Sample latents like the pipeline does, with the weights as they stand, as one model for all noise levels."""
         guidance = self.recipe.watch.guidance
-        options: dict[str, Tensor] = {} if batch.y is None else {"y": batch.y}
+        options = dict(batch.inputs)
         if given:
             options["group"] = (torch.arange(x.shape[2], device=x.device) == 0).long()
             x = torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2)
+        without = self.unconditional(options)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             if given:
                 x = torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2)
-            times = x.new_tensor([[t, 0.0] if given else [t]]).expand(len(x), -1)
-            v = self.dit(x, times, context, **options)
-            v0 = self.dit(x, times, empty, **options)
-            out: Tensor = v0 + guidance * (v - v0)
-            return out
+            times = x.new_tensor([[t, 0.0] if "group" in options else [t]]).expand(len(x), -1)
+            v = self.velocity(x, times, context, **options)
+            if guidance == 1:
+                return v
+            v0 = self.velocity(x, times, empty, **without)
+            return v0 + guidance * (v - v0)
 
         schedule = make_schedule("unipc", self.recipe.watch.sampler_steps, self.variant.defaults.shift)
         for state in SAMPLERS["unipc"](velocity, x, schedule):
             x = state.x
         return torch.cat([batch.x0[:, :, :1], x[:, :, 1:]], 2) if given else x
 
+    def unconditional(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the unconditional pass of guidance is given beside the empty text."""
+        return inputs
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Frozen encoders that the checkpoint has beside the VAE: "clip", "audio"."""
+        return {}
+
     def finish(self) -> None:
         """Write `checkpoint/`: the phases named like experts, else the last phase, in the published layout."""
         if self.ranks.first:
             from wanloom.train.export import write_checkpoint
 
-            write_checkpoint(self.recipe, self.folder, self.variant, self.text.state_dict(), self.vae)
+            write_checkpoint(
+                self.recipe, self.folder, self.variant, self.text.state_dict(), self.vae, **self.encoders()
+            )
 
 
 def recompute(block: nn.Module) -> None:
@@ -289,3 +316,12 @@ def load_vae(folder: Path) -> tuple[CausalVae, str]:
         vae = CausalVae(config)
     load_into(vae, weights, dtype=torch.bfloat16)
     return vae.requires_grad_(False), sha256_file(file)
+
+
+def load_part(path: Path, kind: str, build: Callable[[Any], Any], dtype: torch.dtype) -> tuple[Any, str]:
+    """Another frozen part ("audio", "clip") from its file or directory, and the SHA-256 of its first file."""
+    weights = open_weights(path, kind=kind)
+    with torch.device("meta"):
+        part = build(config_of(weights))
+    load_into(part, weights, dtype=dtype)
+    return part.eval().requires_grad_(False), sha256_file(weights.headers[0].path)

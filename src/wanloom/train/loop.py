@@ -24,6 +24,7 @@ from wanloom.train.ranks import Ranks, spawn
 from wanloom.train.recipe import Phase, Recipe, Stage, read_recipe
 from wanloom.train.report import Log, clock, plot
 from wanloom.train.state import find_state, load_tensors, save_state
+from wanloom.variants import VARIANTS
 
 
 class Task(Protocol):
@@ -52,6 +53,19 @@ def make_task(recipe: Recipe, ranks: Ranks, folder: Path) -> Task:
         from wanloom.train.vae import VaeTask
 
         return VaeTask(recipe, ranks, folder)
+    if recipe.kind == "audio":
+        from wanloom.train.audio import AudioTask
+
+        return AudioTask(recipe, ranks, folder)
+    conditioner = VARIANTS[recipe.variant].conditioner
+    if conditioner == "speech":
+        from wanloom.train.speech import SpeechTask
+
+        return SpeechTask(recipe, ranks, folder)
+    if conditioner == "animate":
+        from wanloom.train.dance import DanceTask
+
+        return DanceTask(recipe, ranks, folder)
     from wanloom.train.flow import FlowTask
 
     return FlowTask(recipe, ranks, folder)

@@ -5,8 +5,8 @@ Flow matching as the samplers use it: x_s = (1-s) x0 + s e, target v = e - x0, m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,15 @@ def sample_sigmas(count: int, flow: Flow, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """x0 [B,C,F,h,w] normalised latents; the model's other inputs; what of them is given clean, or means nothing."""
+    """x0 [B,C,F,h,w] normalised latents; the model's other inputs; what of them is given clean, or means nothing.
+
+    inputs: what `DiT.once` takes beside the text: y, reference, audio, ...  With a `group` among them the tokens of
+    group 1 are clean.
+    """
 
     x0: Tensor
     context: Tensor  # [B, L, text_dim]
-    y: Tensor | None = None  # [B, Cy, F, h, w] I2V channel conditioning
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     held: Tensor | None = None  # [B] bool: the first latent frame is given (TI2V)
     live: Tensor | None = None  # [C] bool: the channels that carry anything, where some do not
 
@@ -53,9 +57,9 @@ def flow_loss(forward: Callable[..., Tensor], batch: FlowBatch, sigma: Tensor, n
     x = torch.lerp(batch.x0, noise, s)
     target = noise - batch.x0
     t = 1000 * sigma[:, None]  # [B, 1]
-    options: dict[str, Tensor] = {}
-    if batch.y is not None:
-        options["y"] = batch.y
+    options = dict(batch.inputs)
+    if "group" in options:
+        t = torch.cat([t, torch.zeros_like(t)], 1)
     if batch.held is not None:
         x = x.clone()
         x[:, :, :1] = torch.where(batch.held.view(-1, 1, 1, 1, 1), batch.x0[:, :, :1], x[:, :, :1])

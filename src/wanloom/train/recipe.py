@@ -68,7 +68,7 @@ class Flow(Table):
 class Phase(Table):
     name: str
     init: str | None = None  # the earlier phase whose average this one starts from, or "start:EXPERT" of `start`
-    trains: tuple[Literal["dit", "text", "vae", "decoder"], ...] = ("dit", "text")
+    trains: tuple[Literal["dit", "text", "vae", "decoder", "audio"], ...] = ("dit", "text")
     optim: Optim = Optim()
     flow: Flow = Flow()
     loss: VaeLoss = VaeLoss()
@@ -87,9 +87,14 @@ class Phase(Table):
 
 
 class Data(Table):
-    """Clips of the procedural world; clip i is a pure function of `seed` and i."""
+    """Clips of a procedural world; clip i is a pure function of `seed` and i.
 
+    world: moving shapes; heads that talk; figures that dance, with the stick figures that lead them.
+    """
+
+    world: Literal["shapes", "talk", "dance"] = "shapes"
     clips: int = Field(default=10_000, gt=0)  # how many are cached as latents (flow matching only)
+    first: float = Field(default=0.4, gt=0, lt=1)  # people: share of batches of first clips, which have no past
     two_objects: float = Field(default=0.0, ge=0, le=1)
     held_out: int = Field(default=64, gt=0)  # clips for the held-out loss
 
@@ -111,7 +116,7 @@ class Recipe(Table):
 
     name: str
     variant: str  # a row of VARIANTS, whose sizes are trained
-    kind: Literal["vae", "flow"]
+    kind: Literal["vae", "audio", "flow"]
     seed: int = 0
     processes: int = Field(default=1, ge=1, le=64)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -120,6 +125,7 @@ class Recipe(Table):
     checkpointing: bool = False  # recompute blocks in the backward pass
     directions: int | None = Field(default=None, ge=1)  # vae: principal directions of the latents to keep; None: all
     vae: str | None = None  # flow: the checkpoint directory whose VAE is used, frozen
+    audio: str | None = None  # flow, speech: the checkpoint directory whose audio encoder is used, frozen
     start: str | None = None  # a checkpoint directory that phases with init = "start:..." begin from
     data: Data = Data()
     watch: Watch = Watch()
@@ -138,7 +144,7 @@ class Recipe(Table):
                 raise ValueError(f"two phases are called '{phase.name}'")
             if phase.flow.low >= phase.flow.high:
                 raise ValueError(f"phase '{phase.name}': flow.low must be below flow.high")
-            wanted = {"vae", "decoder"} if self.kind == "vae" else {"dit", "text"}
+            wanted = {"vae": {"vae", "decoder"}, "audio": {"audio"}, "flow": {"dit", "text"}}[self.kind]
             if not set(phase.trains) <= wanted:
                 raise ValueError(f"phase '{phase.name}': a {self.kind} recipe trains {sorted(wanted)}")
             seen.add(phase.name)

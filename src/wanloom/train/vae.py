@@ -17,10 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.demo.judge import judge
-from wanloom.demo.world import caption, render
+from wanloom.demo.talk import correlation, observe
+from wanloom.demo.world import caption
 from wanloom.errors import InputError
 from wanloom.models.vae import CausalVae, init_for_training
-from wanloom.train.data import HELD_OUT, NOISE, sample_training_clip, stream, to_video, torch_stream, vae_batch
+from wanloom.train.data import (
+    HELD_OUT,
+    NOISE,
+    held_out_clip,
+    sample_training_clip,
+    stream,
+    to_video,
+    torch_stream,
+    vae_batch,
+)  # fmt: skip
 from wanloom.train.objective import vae_loss
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Phase, Recipe, Stage
@@ -31,10 +41,22 @@ from wanloom.variants import VARIANTS
 # the decoder forgives, and blown up they would only be noise to learn.
 FLOOR = 0.1
 
+# What `look` reports of each world (mouth: its correlation with that of the clip).
+SEEN = {
+    "shapes": ("psnr", "iou", "shape", "motion", "all_right", "shape_noisy", "all_right_noisy"),
+    "talk": ("psnr", "psnr_noisy", "mouth", "mouth_noisy"),
+    "dance": ("psnr", "psnr_noisy"),
+}
+
 
 def to_frames(video: Tensor) -> np.ndarray:
     """float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
     return ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two videos of uint8, in dB."""
+    return float(10 * np.log10(255**2 / max(np.square(a.astype(np.float32) - b).mean(), 1e-3)))
 
 
 class VaeTask:
@@ -43,7 +65,7 @@ class VaeTask:
     def __init__(self, recipe: Recipe, ranks: Ranks, folder: Path) -> None:
         variant = VARIANTS[recipe.variant]
         self.recipe, self.ranks, self.folder = recipe, ranks, folder
-        self.size, self.frames = variant.defaults.size[0], variant.defaults.frames
+        self.size, self.frames = variant.defaults.size[0], variant.defaults.frames // 4 * 4 + 1
         self.vae = CausalVae(variant.vae)
         init_for_training(self.vae, torch_stream(recipe.seed))
         with torch.no_grad():  # start with little noise, which would hide the signal
@@ -82,14 +104,13 @@ class VaeTask:
 
     @torch.no_grad()
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
-        """PSNR and judged attributes on held-out clips, plain and with noise on the latents; latent size by frame."""
-        count = self.recipe.watch.prompts
-        totals = torch.zeros(8)
+        """PSNR and what a judge sees on held-out clips, plain and with noise on the latents; latent size by frame."""
+        names = SEEN[self.recipe.data.world]
+        sums = torch.zeros(2, len(names))
         spread = torch.zeros(self.frames // 4 + 1)
         rows: list[tuple[str, list[np.ndarray]]] = []
-        for i in self.ranks.mine(count):
-            clip = sample_training_clip(self.recipe.seed, HELD_OUT, i, self.recipe.data)
-            pixels = render(clip, self.size, self.frames)
+        for i in self.ranks.mine(self.recipe.watch.prompts):
+            pixels = held_out_clip(self.recipe, i, self.size, self.frames)
             video = to_video(pixels)[None].to(self.device)
             mu, _ = self.vae.moments(video)
             if self.axes is not None:
@@ -98,19 +119,33 @@ class VaeTask:
             std = mu.std((0, 2, 3, 4), keepdim=True)
             noise = torch.randn(mu.shape, generator=torch_stream(self.recipe.seed, NOISE, i))
             noisy = self.vae.render(mu + 0.3 * std * noise.to(self.device))[0]
-            verdict, noisy_verdict = judge(to_frames(out), clip), judge(to_frames(noisy), clip)
             mse = F.mse_loss(out.clamp(-1, 1), video[0]) / 4
-            scores = [verdict.shape, verdict.motion, verdict.all_right, noisy_verdict.shape, noisy_verdict.all_right]
-            totals += torch.tensor([1.0, -10 * float(mse.log10()), verdict.iou, *map(float, scores)])
+            text, seen = self._judge(i, pixels, to_frames(out), to_frames(noisy))
+            for name, value in {"psnr": -10 * float(mse.log10()), **seen}.items():
+                sums[:, names.index(name)] += torch.tensor([float(value), 1.0])
             spread += mu.std((0, 1, 3, 4)).cpu()
-            rows.append((caption(clip, stream(i)), [pixels, to_frames(out), to_frames(noisy)]))
-        self.ranks.sum_(totals)
+            rows.append((text, [pixels, to_frames(out), to_frames(noisy)]))
         self.ranks.sum_(spread)
         if picture and rows and self.ranks.first:
             sheet(rows[:12], self.folder / "sheets" / f"{phase.name}-{step:06d}.png", scale=1)
-        names = ("psnr", "iou", "shape", "motion", "all_right", "shape_noisy", "all_right_noisy")
-        report = {n: round(float(v), 4) for n, v in zip(names, totals[1:] / totals[0], strict=True)}
-        return {**report, "latent_std": [round(float(v), 3) for v in spread / totals[0]]}
+        self.ranks.sum_(sums)
+        report = {name: round(float(total / max(n, 1)), 4) for name, total, n in zip(names, *sums, strict=True)}
+        return {**report, "latent_std": [round(float(v) / self.recipe.watch.prompts, 3) for v in spread]}
+
+    def _judge(self, i: int, pixels: np.ndarray, out: np.ndarray, noisy: np.ndarray) -> tuple[str, dict[str, float]]:
+        """What held-out clip i shows, in words, and what is left of that."""
+        if self.recipe.data.world == "dance":
+            return "a figure", {"psnr_noisy": psnr(pixels, noisy)}
+        if self.recipe.data.world == "talk":
+            mouth = observe(pixels).mouth
+            said = [correlation(observe(video).mouth, mouth) for video in (out, noisy)]
+            return "a head", {"psnr_noisy": psnr(pixels, noisy), "mouth": said[0], "mouth_noisy": said[1]}
+        clip = sample_training_clip(self.recipe.seed, HELD_OUT, i, self.recipe.data)
+        clean, rough = judge(out, clip), judge(noisy, clip)
+        return caption(clip, stream(i)), {
+            "iou": clean.iou, "shape": clean.shape, "motion": clean.motion, "all_right": clean.all_right,
+            "shape_noisy": rough.shape, "all_right_noisy": rough.all_right,
+        }  # fmt: skip
 
     def finish(self) -> None:
         """Whiten and write `checkpoint/` (rank 0)."""
@@ -145,8 +180,8 @@ def principal_axes(vae: CausalVae, recipe: Recipe, size: int, frames: int) -> Ax
     """The axes of the latents of up to 192 held-out clips.  With `recipe.directions` only so many are kept."""
     samples = []
     for i in range(min(192, recipe.data.clips)):
-        clip = sample_training_clip(recipe.seed, HELD_OUT, 100_000 + i, recipe.data)
-        mu, _ = vae.moments(to_video(render(clip, size, frames))[None].to(vae.conv1.weight.device))
+        video = to_video(held_out_clip(recipe, 100_000 + i, size, frames))
+        mu, _ = vae.moments(video[None].to(vae.conv1.weight.device))
         samples.append(mu[0].flatten(1).double().cpu())
     x = torch.cat(samples, 1)  # [z, N]
     mean = x.mean(1)

@@ -27,10 +27,6 @@ from wanloom.models.dit import DiT
 from wanloom.models.layers import Block, Kernel, RMSNorm, Scene, sdpa, split_heads
 from wanloom.models.numerics import wide
 
-MOTION = 512  # numbers that describe a face
-DIRECTIONS = 20
-WIDTHS = (32, 64, 128, 256, 512, 512, 512, 512)  # of the motion encoder at 512, 256 ... 4 pixels
-FACE_SIZE = 512  # pixels a side
 AT_ONCE = 8  # faces in one pass of the motion encoder
 EPS = 1e-6
 
@@ -101,15 +97,16 @@ class Halve(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Faces [N, 3, 512, 512] in [-1, 1] -> [N, 512] float32: how each looks and moves, not who it is."""
+    """Faces [N, 3, size, size] in [-1, 1] -> [N, motion_dim] float32: how each looks and moves, not who it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: AnimateConfig) -> None:
         super().__init__()
-        first = nn.Sequential(ScaledConv(3, WIDTHS[0], 1), BiasLeaky(WIDTHS[0]))
-        halves = [Halve(a, b) for a, b in pairwise(WIDTHS)]
-        self.convs = nn.ModuleList([first, *halves, ScaledConv(WIDTHS[-1], MOTION, 4)])
-        self.fc = nn.Sequential(*(ScaledLinear(MOTION, MOTION) for _ in range(4)), ScaledLinear(MOTION, DIRECTIONS))
-        self.direction = nn.Parameter(torch.randn(MOTION, DIRECTIONS))
+        dim, widths = config.motion_dim, config.widths
+        first = nn.Sequential(ScaledConv(3, widths[0], 1), BiasLeaky(widths[0]))
+        halves = [Halve(a, b) for a, b in pairwise(widths)]
+        self.convs = nn.ModuleList([first, *halves, ScaledConv(widths[-1], dim, 4)])
+        self.fc = nn.Sequential(*(ScaledLinear(dim, dim) for _ in range(4)), ScaledLinear(dim, config.directions))
+        self.direction = nn.Parameter(torch.randn(dim, config.directions))
 
     def forward(self, faces: Tensor) -> Tensor:
         amounts = []
@@ -124,12 +121,12 @@ class MotionEncoder(nn.Module):
 
 
 class FaceEncoder(nn.Module):
-    """Motion [B, T, 512] of the frames of a clip -> [B, T/4, tokens + 1, dim]."""
+    """Motion [B, T, motion_dim] of the frames of a clip -> [B, T/4, tokens + 1, dim]."""
 
     def __init__(self, config: AnimateConfig, dim: int) -> None:
         super().__init__()
         width, self.tokens = config.face_dim, config.tokens
-        self.conv1_local = CausalConv(MOTION, width * config.tokens)
+        self.conv1_local = CausalConv(config.motion_dim, width * config.tokens)
         self.conv2 = CausalConv(width, width, stride=2)
         self.conv3 = CausalConv(width, width, stride=2)
         self.out_proj = nn.Linear(width, dim)
@@ -175,14 +172,14 @@ class Animate(nn.Module):
     def __init__(self, config: AnimateConfig, dit: DiTConfig) -> None:
         super().__init__()
         self.pose_patch_embedding = nn.Conv3d(config.channels, dit.dim, dit.patch, dit.patch)
-        self.motion_encoder = MotionEncoder()
+        self.motion_encoder = MotionEncoder(config)
         self.face_encoder = FaceEncoder(config, dit.dim)
 
     def once(self, dit: DiT, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a clip looks at.  Takes out of `given`:
 
-        face [B, 3, 4F - 3, 512, 512] in [-1, 1], the driver's face in each frame; pose [B, C, F, h, w] latents of the
-        drawn pose.  The clip has F + 1 latent frames, the first being the character's picture.
+        face [B, 3, 4F - 3, face_size, face_size] in [-1, 1], the driver's face in each frame; pose [B, C, F, h, w]
+        latents of the drawn pose.  The clip has F + 1 latent frames, the first being the character's picture.
         """
         face, pose = given.pop("face"), given.pop("pose")
         batch, frames = face.shape[0], face.shape[2]

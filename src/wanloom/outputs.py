@@ -1,0 +1,95 @@
+"""A video on its way out: frames are taken as they come, and the file gets its name when it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanloom import media
+from wanloom.durable import atomic_path, failpoint, sha256_file
+from wanloom.errors import InputError
+from wanloom.jobs import Job, Memory
+from wanloom.plan import Plan
+from wanloom.results import Video, quantise
+
+
+@dataclass
+class Output:
+    """Where the clips of one video go: `clip` before each one's frames, `write` for these.
+
+    writer: the file's; kept: the pixels so far, where they are wanted in memory; latents: of each clip, as the decoder
+    got them.
+    """
+
+    writer: media.VideoWriter | None
+    keep: bool
+    latents: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+    def clip(self, latents: Tensor) -> None:
+        """A clip begins, decoded from these latents [C, T, h, w]."""
+        if self.keep:
+            self.latents.append(latents.cpu())
+
+    def write(self, pixels: Tensor) -> None:
+        """More frames, [3, n, H, W] in [-1, 1]."""
+        if self.writer is not None:
+            self.writer.write(quantise(pixels))
+            failpoint("encode")
+        if self.keep:
+            self.kept.append(pixels.cpu())
+
+    def video(self, plan: Plan) -> Video:
+        """All of it, in memory."""
+        return Video(torch.cat(self.kept, 1), self.latents[0], plan, tuple(self.latents))
+
+
+@contextmanager
+def in_memory(plan: Plan, tensors_file: Path | None, videos: list[Video]) -> Iterator[Output]:
+    """An Output that becomes a Video, put into `videos` when the block ends well."""
+    output = Output(None, keep=True)
+    yield output
+    video = output.video(plan)
+    if tensors_file is not None:
+        video.save_tensors(tensors_file)
+    videos.append(video)
+
+
+@contextmanager
+def in_file(
+    plan: Plan, path: Path, job: Job | Memory, *, overwrite: bool, tensors_file: Path | None, sound: Path | None
+) -> Iterator[Output]:
+    """An Output that becomes the file `path` when the block ends well, with `sound` where there is one.
+
+    Error: E5006 when the sound cannot be put in; the silent video is kept then, and named.
+    """
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        silent = temporary.with_name(f"{temporary.stem}.silent{temporary.suffix}") if sound is not None else temporary
+        try:
+            with media.VideoWriter(silent, fps=plan.rate, quality=plan.quality, comment=plan.to_json()) as writer:
+                output = Output(writer, keep=tensors_file is not None)
+                yield output
+            if sound is not None:
+                _put_sound(silent, sound, temporary, path, plan)
+        finally:
+            if silent != temporary:
+                silent.unlink(missing_ok=True)
+        if tensors_file is not None:
+            output.video(plan).save_tensors(tensors_file)
+        job.announce(path.name, sha256_file(temporary))
+    failpoint("published")
+
+
+def _put_sound(silent: Path, sound: Path, out: Path, path: Path, plan: Plan) -> None:
+    trim = plan.speech.trim if plan.speech is not None else 0.0
+    try:
+        media.add_sound(silent, sound, out, start=trim)
+    except InputError as error:
+        kept = path.with_name(f"{path.stem}.silent{path.suffix}")
+        silent.replace(kept)
+        raise InputError(error.code, f"{error.message} The video without sound is kept: {kept}") from error

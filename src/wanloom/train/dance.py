@@ -1,0 +1,141 @@
+"""Training a transformer to dance: a figure in a picture that does what a stick figure does, as animate has it.
+
+Two clips of five put the figure into another room (replacement); of the clips with a past, some know its last frame and
+some its last five.  The picture's own latent is part of what is made, as in the published model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from wanloom.conditioning.animate import with_mask
+from wanloom.demo import dance
+from wanloom.demo.figures import dressed_figure
+from wanloom.encoders import build_clip, encode_image
+from wanloom.train.data import HELD_OUT, LatentCache, cached, stream, to_video
+from wanloom.train.objective import FlowBatch
+from wanloom.train.people import DANCES, PeopleTask, stack
+from wanloom.train.vae import psnr, to_frames
+
+FACE = 16  # pixels a side in which faces are cached; they are shown larger
+
+
+def head_pictures(video: np.ndarray, pose: dance.Pose) -> np.ndarray:
+    """The driver's face in each frame, cut out around the head: uint8 [F, 16, 16, 3]."""
+    size, reach = video.shape[1], 7.0
+    out = []
+    for frame, x, y in zip(video, *pose["head"], strict=True):
+        box = tuple(float(v) * size / 64 for v in (x - reach, y - reach, x + reach, y + reach))
+        out.append(
+            np.array(Image.fromarray(frame).resize((FACE, FACE), Image.Resampling.BILINEAR, box=_inside(box, size)))
+        )
+    return np.stack(out)
+
+
+def _inside(box: tuple[float, ...], size: int) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (min(max(v, 0.0), float(size)) for v in box)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+class DanceTask(PeopleTask):
+    """Figures that dance."""
+
+    sentences = DANCES
+    seen = ("psnr",)
+
+    def _cache(self, digest: str, purpose: int, count: int) -> LatentCache:
+        assert self.variant.clip is not None
+        torch.manual_seed(self.recipe.seed)  # the small CLIP is not trained: any fixed view of the picture will do
+        self.clip = build_clip(self.variant.clip).requires_grad_(False)
+        about = {"vae": digest, "size": self.size, "frames": self.frames}
+        found = cached(
+            about, self.recipe, self.ranks, self.folder / "latents", purpose, count,
+            lambda mine: stack([self._sample_tensors(purpose, i) for i in mine]),
+        )  # fmt: skip
+        return LatentCache(found.pop("latents"), (), found)
+
+    def scene(self, purpose: int, i: int) -> tuple[dance.Dance, dance.Room | None, int]:
+        """Sample i: the dance, the other room it is put into (or None), how many frames are known before."""
+        rng = stream(self.recipe.seed, purpose, i)
+        what = dance.sample_dance(rng, self.frames, split="held_out" if purpose == HELD_OUT else "train")
+        room = dance.sample_room(rng, what.outfit) if rng.random() < 0.4 else None
+        return what, room, 0 if i % 2 == 0 else (1 if rng.random() < 0.5 else 5)
+
+    def shown(self, i: int) -> np.ndarray:
+        what, room, _ = self.scene(HELD_OUT, i)
+        return dance.perform(what if room is None else replace(what, room=room), size=self.size)
+
+    @torch.no_grad()
+    def _sample_tensors(self, purpose: int, i: int) -> dict[str, Tensor]:
+        what, room, known = self.scene(purpose, i)
+        here = what if room is None else replace(what, room=room)
+        video = to_video(dance.perform(here, size=self.size))
+        picture = to_video(dance.portrait(what, size=self.size)[None])
+        side = self.size // self.vae.config.stride[1]
+        free = torch.ones(1, 1, self.frames, side, side)
+        given = torch.zeros_like(video)
+        if room is not None:
+            where = torch.from_numpy(dance.cover(here, size=self.size))[None, None]
+            free = F.interpolate(where, free.shape[2:], mode="nearest")
+            empty = to_video(dance.draw_room(room, size=self.size)[None])
+            given = torch.where(where[0] > 0, torch.tensor(-1.0), empty)
+        given[:, :known] = video[:, :known]
+        mask = 1 - free
+        mask[:, :, :known] = 1
+        reference, latents, behind, pose = (
+            self.vae.encode(v[None])[0].float()
+            for v in (picture, video, given, to_video(dance.drive(what, size=self.size)))
+        )
+        y = torch.cat((with_mask(reference, torch.ones_like(mask[:, :, :1])), with_mask(behind, mask)), 2)
+        driver = dance.sample_person(stream(self.recipe.seed, purpose, i, 1))
+        face = head_pictures(dressed_figure(driver, what.pose, size=self.size), what.pose)
+        return {
+            "latents": torch.cat((reference, latents), 2)[0].bfloat16(),
+            "y": y[0].bfloat16(),
+            "pose": pose[0].bfloat16(),
+            "image": encode_image(self.clip, picture[:, 0][None])[0].bfloat16(),
+            "face": torch.from_numpy(face).permute(3, 0, 1, 2).contiguous(),
+            "past": torch.tensor(known > 0),
+        }
+
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"clip": self.clip}
+
+    def batch(self, cache: LatentCache, indices: list[int], context: Tensor) -> FlowBatch:
+        batch = super().batch(cache, indices, context)
+        inputs = dict(batch.inputs)
+        inputs.pop("past")
+        small = inputs["face"] / 127.5 - 1
+        assert self.variant.dit.animate is not None
+        grow = self.variant.dit.animate.face_size // FACE
+        inputs["face"] = small.repeat_interleave(grow, 3).repeat_interleave(grow, 4)
+        return replace(batch, inputs=inputs)
+
+    def without(self, inputs: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
+        face = torch.where(dropped[:, None, None, None, None], torch.tensor(-1.0), inputs["face"])
+        return {**inputs, "face": face}
+
+    def roughen(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        y = inputs["y"].clone()
+        size = 0.15 * torch.rand(len(y), 1, 1, 1, 1, generator=generator)
+        noise = size * torch.randn(y[:, 4:, 1:].shape, generator=generator)
+        y[:, 4:, 1:] += noise.to(y)
+        return {**inputs, "y": y}
+
+    def _generate(self, mine: list[int], captions: list[str], *, given: bool) -> list[np.ndarray]:
+        """The clips, without the picture they begin with."""
+        context, empty = self.encode(captions), self.encode([""] * len(mine))
+        batch = self.batch(self.held_out, mine, context)
+        x = torch.stack([self._noise(batch, i) for i in mine])
+        latents = self.denoise(x.to(self.device), batch, context, empty, given=False)
+        videos = self.vae.decode(latents[:, :, 1:].to(self.vae.conv1.weight.dtype).cpu())[0]
+        return [to_frames(video.float()) for video in videos]
+
+    def judge(self, i: int, video: np.ndarray) -> list[float]:
+        return [psnr(self.shown(i), video)]
