@@ -92,7 +92,7 @@ def test_the_first_clip_shows_77_frames_and_later_ones_80() -> None:
     assert [part.skip for part in plan.segments] == [4, 73, 73]
     assert [part.seed for part in plan.segments] == [7, 8, 9]
     assert {part.latent for part in plan.segments} == {(16, 20, 80, 136)}
-    assert plan.frames == 237 and plan.fps == 16 and plan.size == (1088, 640)
+    assert plan.frames == 189 and plan.fps == 16 and plan.size == (1088, 640)  # 12 s without the first three frames
     assert plan.speech is not None and plan.speech.trim == 3 / 16
 
 

@@ -5,7 +5,7 @@ What the first words behind a fence mean:
     ```sh                     each line is run, in a folder of the document's own; exit 0 (of `plan` also 5: too large)
     ```sh exit=2              the last line ends with this exit code
     ```sh needs-checkpoint    as sh, with small random checkpoints in place of what `hf download` would fetch, and
-                              `--dry-run` added to `generate`
+                              `--dry-run` added to `generate`; of `preprocess` only the options are read
     ```python                 run; the blocks of a document share their names
     ```python src/...py       a quotation: each piece between lines of `...` stands in that file
     ```toml NAME              written to the file NAME and read as a recipe
@@ -23,17 +23,22 @@ import importlib.util
 import re
 import shlex
 import textwrap
-from collections.abc import Iterator
+import wave
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import tiny
 from command_line import run_here
 from wanloom import budget, demo
+from wanloom.checkpoint.lora import RELIGHTING
+from wanloom.media import save_video
 from wanloom.plan import make_plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS
@@ -105,6 +110,31 @@ def place(demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
+def _sound(path: Path) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(32_000))
+
+
+def _video(path: Path) -> None:
+    save_video(path, np.full((5, 64, 64, 3), 200, np.uint8), fps=16)
+
+
+def _folder(path: Path) -> None:
+    """As `wanloom preprocess animate --replace` leaves it."""
+    path.mkdir()
+    tiny.picture(path / "src_ref.png")
+    for name in ("pose", "face", "bg", "mask"):
+        _video(path / f"src_{name}.mp4")
+
+
+# What a document names and does not make: option -> how it comes to be.
+GIVEN: dict[str, Callable[[Path], Any]] = {
+    "--image": tiny.picture, "--last-image": tiny.picture, "--audio": _sound, "--src-root-path": _folder,
+    "--pose-video": _video, "--face-video": _video,
+}  # fmt: skip
+
+
 class Shell:
     """Runs the lines of the documents; see the module for what is run and what is only checked."""
 
@@ -127,9 +157,14 @@ class Shell:
     def _wanloom(self, words: list[str]) -> int:
         if words[:1] == ["generate"] and self._stand_in:
             words = [*words, "--dry-run"]
-            for option in ("--image", "--last-image"):
-                if option in words and not Path(picture := words[words.index(option) + 1]).exists():
-                    tiny.picture(Path(picture))
+            for option, make in GIVEN.items():
+                if option in words and not (place := Path(words[words.index(option) + 1])).exists():
+                    make(place)
+        if words[:2] == ["preprocess", "animate"] and self._stand_in:
+            from wanloom.cli.preprocess import animate
+
+            animate.make_context("animate", words[2:])  # the options are read; networks and videos are not here
+            return 0
         if words[:1] == ["train"] and not Path(words[1]).resolve().is_relative_to(Path.cwd().resolve()):
             return self._check_recipe(Path(words[1]))
         ran = run_here(self._capsys, *words)
@@ -151,6 +186,10 @@ class Shell:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
             tiny.checkpoint(folder.parent, name).rename(folder)
+            if name == "animate-14B":
+                layer = "blocks.0.self_attn.q"
+                halves = {f"{layer}.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"}
+                torch.save({"state_dict": halves}, folder / RELIGHTING)
         return 0
 
 

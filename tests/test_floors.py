@@ -17,8 +17,8 @@ FLOORS = (
     ("errors", "durable"),
     ("models", "sampling", "request"),
     ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
-    ("plan", "parts", "jobs", "preview"),
-    ("conditioning", "results"),
+    ("clips", "plan", "inputs", "speaking", "parts", "jobs", "preview", "preprocess"),
+    ("conditioning", "results", "outputs"),
     ("pipeline",),
     ("train", "server"),
     ("cli", "__init__", "__main__"),
@@ -150,7 +150,7 @@ def test_runtime_needs_no_more_than_torch_at_the_top(path: Path) -> None:
     "statement",
     [
         "import wanloom",
-        "import wanloom.plan, wanloom.variants, wanloom.budget, wanloom.request, wanloom.cli",
+        "import wanloom.plan, wanloom.clips, wanloom.variants, wanloom.budget, wanloom.request, wanloom.cli",
         "import wanloom.models.config, wanloom.sampling.schedule, wanloom.errors, wanloom.durable",
     ],
 )

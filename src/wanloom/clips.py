@@ -15,7 +15,7 @@ from typing import Protocol
 
 from wanloom.errors import InputError, did_you_mean
 from wanloom.models.config import AudioConfig
-from wanloom.request import Request
+from wanloom.request import Request, check_prompt
 from wanloom.variants import Variant
 
 Size = tuple[int, int]
@@ -27,7 +27,9 @@ DROPPED = 3  # frames of a first clip without a past that are not shown: they co
 REFERENCE_AT = 30  # latent position of the reference picture, behind any clip
 SIZE_STEP = 64  # sizes of s2v are multiples of this
 SCALES = 100  # tried between the largest and the smallest
-WINDOW = 30  # seconds of a long sound that are encoded at a time
+WHOLE = 60  # seconds of sound that are encoded at once
+WINDOW = 30  # seconds of a longer one that are encoded at a time
+GRAIN = AUDIO_RATE // 1000  # of a frame of which no more samples are heard, nothing is
 RESIZE = ("cover", "reference")
 LAST_STATES = ("normed", "raw")
 MAX_CLIPS = 10_000
@@ -127,6 +129,38 @@ def speech_of(request: Request, variant: Variant) -> Speech | None:
     )
 
 
+def in_windows(samples: int, window: int) -> bool:
+    """Whether a sound is encoded window by window: above a minute, and longer than one window; 0 forbids it."""
+    return window > 0 and samples > max(WHOLE, window) * AUDIO_RATE
+
+
+def window_notes(speech: Speech | None, samples: int | None) -> tuple[str, ...]:
+    """What is worth a warning about a long sound."""
+    if speech is None or samples is None or not in_windows(samples, speech.window):
+        return ()
+    said = f"{samples / AUDIO_RATE:.0f} s of sound are heard in windows of {speech.window} s"
+    return (f"W2036: audio: {said}, which is not quite the same as at once (--audio-window 0; takes much memory).",)
+
+
+def audible(frames: int, fps: int, speech: Speech | None, samples: int | None) -> int:
+    """How many of the first `frames` frames begin before the sound ends: a file has no others.
+
+    The reference leaves that to its muxer, which cannot take single frames out of a compressed video; and it makes
+    whole clips, which are kept whole where tensors are asked for.
+
+    Error: E3017 when nothing is left of the sound behind what is trimmed.
+    """
+    if speech is None or samples is None:
+        return frames
+    left = samples - round(speech.trim * AUDIO_RATE) - GRAIN
+    if left <= 0:
+        needed = speech.trim + 1 / fps
+        raise InputError(
+            "E3017", f"audio: {samples / AUDIO_RATE:.2f} s of sound, at least {needed:.2f} s are needed here."
+        )
+    return min(frames, -(-left * fps // AUDIO_RATE))
+
+
 def speech_cuts(wanted: int | None, variant: Variant, speech: Speech, samples: int | None) -> tuple[Clip, ...]:
     """The clips of s2v: as many as the sound fills, at most as many as are wanted; without a sound one, or those.
 
@@ -187,10 +221,11 @@ def ping_pong(index: int, count: int) -> int:
 
 
 def animation_of(request: Request, variant: Variant, source: tuple[int, int] | None) -> Animation | None:
-    """What animate decides; None for another task.  source: frames a second of the driving video."""
+    """What animate decides; None for another task.  source: frames a second of the driving video (0 of a picture)."""
     if variant.conditioner != "animate":
         return None
-    rate = (request.fps, 1) if request.fps is not None else source or (variant.defaults.fps, 1)
+    own = source if source and source[0] else (variant.defaults.fps, 1)
+    rate = own if request.fps is None else (request.fps, 1)
     return Animation(
         shared=request.refert_num or 1, replace=replaces(request), relight=request.use_relighting_lora, rate=rate
     )
@@ -205,8 +240,11 @@ def animate_cuts(count: int, frames: int, shared: int) -> tuple[Clip, ...]:
     """The clips of animate for a driving video of `count` frames.
 
     frames: of a clip (4n+1); shared: how many a clip has in common with the one before.  The last clip shows what is
-    left; frames behind the end are those of `ping_pong`.
+    left; frames behind the end are those of `ping_pong`.  Error: E2005 for clips that would show nothing new.
     """
+    if count > frames <= shared:
+        more = (shared + 3) // 4 * 4 + 1
+        raise InputError("E2005", f"frames: got {frames}, clips that share {shared} need more. Use {more} or 77.")
     step, shown = frames - shared, 0
     clips: list[Clip] = []
     while shown < count:
@@ -221,12 +259,15 @@ def animate_cuts(count: int, frames: int, shared: int) -> tuple[Clip, ...]:
 
 FOR_SPEECH = (
     "num_clips", "infer_frames", "start_from_ref", "audio_window", "reference_timing", "resize", "last_audio_state",
+    "tts_text", "tts_command", "tts_url", "tts_voice", "tts_model",
 )  # fmt: skip
-FOR_ANIMATE = ("refert_num", "replace_flag", "use_relighting_lora")
+FOR_ANIMATE = ("refert_num", "replace_flag", "use_relighting_lora", "relighting_lora")
 
 
 def check_clips(request: Request, variant: Variant, *, draft: bool = False) -> None:
-    """Everything about clips that can be wrong in a request: E2016 for options of another task, E2005, E2024, E2035."""
+    """Everything about clips that can be wrong in a request: E2016 for options of another task, others for their
+    values.
+    """
     for task, names in (("speech", FOR_SPEECH), ("animate", FOR_ANIMATE)):
         for name in names if variant.conditioner != task else ():
             if getattr(request, name) not in (None, False):
@@ -239,6 +280,7 @@ def check_clips(request: Request, variant: Variant, *, draft: bool = False) -> N
 
 
 def _check_speech(request: Request, variant: Variant) -> None:
+    _check_tts(request)
     if request.frames is not None:
         raise InputError("E2005", f"frames: the sound says how long {variant.name}'s video is. Use --num-clips to cut.")
     if request.fps not in (None, variant.defaults.fps):
@@ -258,7 +300,29 @@ def _check_speech(request: Request, variant: Variant) -> None:
             raise InputError("E2035", f"{name}: '{value}' is not known. {did_you_mean(value, known)}")
 
 
+def _check_tts(request: Request) -> None:
+    """A text to be spoken has a speaker, and a speaker a text: E2012 to E2014, E2023, E2024."""
+    speakers = {name: getattr(request, name) for name in ("tts_command", "tts_url", "tts_voice", "tts_model")}
+    named = [name.replace("_", "-") for name, value in speakers.items() if value is not None]
+    if request.tts_text is None:
+        if named:
+            raise InputError("E2023", f"{named[0]}: there is nothing to say. Give --tts-text TEXT, or leave it out.")
+        return
+    if request.audio is not None:
+        raise InputError("E2023", "tts-text: conflicts with --audio, which is spoken already. Leave one out.")
+    check_prompt(request.tts_text, "tts-text")
+    if not request.tts_text.strip():
+        raise InputError("E2012", "tts-text: is empty. Write what is to be said.")
+    if request.tts_url is None and request.tts_command is None:
+        example = "espeak-ng -w {out} {text}"
+        raise InputError("E2024", f'tts-text: nobody speaks it. Give --tts-command "{example}", or --tts-url URL.')
+    if request.tts_url is None and named != ["tts-command"]:
+        raise InputError("E2023", f"{named[-1]}: is for a server. Give --tts-url URL, or leave it out.")
+
+
 def _check_animate(request: Request, draft: bool) -> None:
+    if request.relighting_lora is not None and not request.use_relighting_lora:
+        raise InputError("E2016", "relighting-lora: not used without --use-relighting-lora. Add it, or leave it out.")
     if request.refert_num is not None and request.refert_num not in SHARED:
         raise InputError("E2035", f"refert-num: got {request.refert_num}, the model was trained with 1 and 5.")
     both = request.background_video is not None, request.mask_video is not None

@@ -18,6 +18,9 @@ FOLDER = {"image": "src_ref.png", "pose_video": "src_pose.mp4", "face_video": "s
 FOLDER_REPLACE = {"background_video": "src_bg.mp4", "mask_video": "src_mask.mp4"}
 
 
+INSIDE = 128  # a pixel of a mask from here on is in it: half of 255
+
+
 @dataclass(frozen=True)
 class VideoFile:
     """A video that was looked through and is decoded when it is needed: size (w, h), frames, frames a second."""
@@ -56,7 +59,10 @@ def with_folder(request: Request) -> Request:
 
 
 def read_inputs(request: Request) -> dict[str, Any]:
-    """Role -> Picture, Sound or VideoFile, of all that the request names.  Errors: E3001 to E3017, with the option."""
+    """Role -> Picture, Sound or VideoFile, of all that the request names.
+
+    Errors, with the option: E3001 to E3017, E3020 a mask without anything in it.
+    """
     found: dict[str, Any] = {}
     for role in ROLES:
         source = getattr(request, role)
@@ -68,6 +74,8 @@ def read_inputs(request: Request) -> dict[str, Any]:
                 found[role] = VideoFile(
                     Path(source), option, video.name, video.sha256, video.size, video.count, video.rate
                 )
+                if role == "mask_video" and not any((frame[..., 0] >= INSIDE).any() for frame in video):
+                    raise InputError("E3020", f"{option}: empty in all frames. Give the mask of the person to replace.")
         elif role == "audio":
             found[role] = media.read_sound(source, option)
         else:

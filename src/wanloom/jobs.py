@@ -6,8 +6,9 @@
     conditioning.safetensors  what the encoders made of prompt and pictures
     state-0012.safetensors    latents and solver state after 12 steps; the last two are kept
     latents.safetensors       the final latents, on disk before decoding begins
-    given-0003.safetensors    what clip 3 is given (s2v: what it hears)
-    00.0003.state-0012...     state and latents of video 0, clip 3, where videos are made clip by clip
+    given-0003.safetensors    what clip 3 is given (s2v: what it hears), clips counted from 0
+    00.0003.state-0012...     state and latents of video 0, clip 3, where videos are made clip by clip; when the next
+                              clip begins the states are dropped
     published.json            SHA-256 of each finished video, written just before it gets its name
     lock                      held while a process works here
 
@@ -51,6 +52,7 @@ OURS = (  # file names
     r"(plan|published)\.json|lock|(\d+\.\d+\.)?(conditioning|latents|state-\d+)\.safetensors|given-\d+\.safetensors"
     r"|\..*\.part(\.\w+)?"
 )
+OF_A_CLIP = ("latents", "state-")
 EVERY_SECONDS = 60.0
 EVERY_SHARE = 0.05  # of the steps
 
@@ -147,6 +149,14 @@ def folder_for(out: Path) -> Path:
     return out.with_name(f"{out.stem}.job")
 
 
+def place_words(plan: Plan, video: int, clip: int, *, videos: int) -> str:
+    """'video 1 of 2, clip 3 of 5, ' for numbers from 0; nothing of what there is only one of."""
+    clips = len(plan.segments)
+    return (f"video {video + 1} of {videos}, " if videos > 1 else "") + (
+        f"clip {clip + 1} of {clips}, " if clips > 1 else ""
+    )
+
+
 def resume_command(folder: Path) -> str:
     """What a person types to continue."""
     return f"wanloom generate --resume {shlex.quote(str(folder))}"
@@ -177,7 +187,8 @@ class Job:
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._reached: State | None = None
         self._terminate: Any = None  # what SIGTERM did before
-        self.prefix = ""  # of the clip that is being made
+        self._damaged: set[Path] = set()  # files that could not be read; they are as good as not there
+        self.clip: tuple[int, int] | None = None  # (video, clip) that is being made, where there are clips
 
     def __enter__(self) -> Job:
         if threading.current_thread() is threading.main_thread():
@@ -200,10 +211,15 @@ class Job:
 
     keeps = True  # what is saved here need not stay in memory
 
-    def enter(self, prefix: str) -> None:
-        """From now on states and latents are those of the clip whose files begin with `prefix`."""
-        if prefix != self.prefix:
-            self.prefix, self._reached, self._saved_step = prefix, None, 0
+    def enter(self, video: int, clip: int) -> None:
+        """From now on states and latents are those of this clip of this video, counted from 0.
+
+        Of the clip before the latents stay, which the rest is made from; its states have served.
+        """
+        if self.clip is not None and self.has("latents"):
+            for old in self._states():
+                old.unlink()
+        self.clip, self._reached, self._saved_step = (video, clip), None, 0
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -220,12 +236,16 @@ class Job:
             self.finish()
 
     def _farewell(self) -> str:
-        done, steps = self._reached.done if self._reached else self._saved_step, self.record.plan.steps
-        where = f"after step {done} of {steps}" if done else "before the first step"
-        if self.prefix:
-            where = f"in clip {int(self.prefix.split('.')[1]) + 1} of {len(self.record.plan.segments)}, {where}"
-        elif self.has("latents"):
+        plan = self.record.plan
+        done = self._reached.done if self._reached else self._saved_step
+        where = f"after step {done} of {plan.steps}" if done else "before the first step"
+        if self.has("latents"):
             where = "after denoising"
+        if self.clip is not None:
+            words = place_words(plan, *self.clip, videos=len(self.record.seeds))
+            where = f"in {words}{where}" if words else where
+        elif plan.in_clips:
+            where = "before the first clip"
         return f"stopped {where}; nothing is lost. Continue: {resume_command(self.folder)}"
 
     def any_progress(self) -> bool:
@@ -237,13 +257,14 @@ class Job:
         return any(self.folder.glob("*latents.safetensors"))
 
     def has(self, name: str) -> bool:
-        """Whether `save` wrote this."""
-        return self._path(name).is_file()
+        """Whether `save` wrote this, and it was not found damaged."""
+        path = self._path(name)
+        return path.is_file() and path not in self._damaged
 
     def _path(self, name: str) -> Path:
-        if name.startswith("given-"):  # the same for all videos of the job
-            return self.folder / f"{name}.safetensors"
-        return self.folder / f"{self.prefix}{name}.safetensors"
+        """Where `name` is kept: latents and states are the clip's, all else is the same for all videos and clips."""
+        prefix = "" if self.clip is None or not name.startswith(OF_A_CLIP) else "{:02d}.{:04d}.".format(*self.clip)
+        return self.folder / f"{prefix}{name}.safetensors"
 
     # --- tensors
 
@@ -282,7 +303,10 @@ class Job:
         failpoint("state")
 
     def load_state(self, takes: int | None = None) -> State | None:
-        """The newest state of so many videos (None: all of the job) that is whole; a damaged one is named in a warning (W7001) and skipped."""
+        """The newest state that is whole; a damaged one is named in a warning (W7001) and skipped.
+
+        takes: of how many videos it is, when not of all in the job.
+        """
         for path in reversed(self._states()):
             loaded = self._load(path)
             if loaded is not None:
@@ -294,8 +318,10 @@ class Job:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write `name`.safetensors ("conditioning", "given-0003"; "latents" by `reached`), durably."""
-        save_tensors(self._path(name), tensors, {})
-        failpoint(name)
+        path = self._path(name)
+        save_tensors(path, tensors, {})
+        self._damaged.discard(path)
+        failpoint(name.partition("-")[0])
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of `save`, or None when they are not there or damaged (then with a warning)."""
@@ -311,10 +337,11 @@ class Job:
                 WanloomWarning(f"W7001: {path.name} is damaged ({str(error)[:80]}); using what came before it."),
                 stacklevel=3,
             )
+            self._damaged.add(path)
             return None
 
     def _states(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.prefix}state-*.safetensors"))
+        return sorted(self.folder.glob(self._path("state-*").name))
 
     # --- the end
 
@@ -363,9 +390,8 @@ class Memory:
         return None
 
     keeps = False
-    prefix = ""
 
-    def enter(self, prefix: str) -> None:
+    def enter(self, video: int, clip: int) -> None:
         return None
 
     def has(self, name: str) -> bool:

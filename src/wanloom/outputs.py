@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +13,46 @@ from torch import Tensor
 from wanloom import media
 from wanloom.durable import atomic_path, failpoint, sha256_file
 from wanloom.errors import InputError
-from wanloom.jobs import Job, Memory
+from wanloom.jobs import Job, Memory, read_record
 from wanloom.plan import Plan
 from wanloom.results import Video, quantise
+
+OutPaths = str | Path | Sequence[str | Path] | None
+
+
+def files_of(out: OutPaths) -> tuple[Path, ...]:
+    """The files that somebody named: one, several or none."""
+    return () if out is None else (Path(out),) if isinstance(out, str | Path) else tuple(map(Path, out))
+
+
+def files_to_write(out: OutPaths, resume: Path | None, count: int) -> tuple[Path, ...]:
+    """The files of a run of `count` videos: those named, or those of the job that is continued.
+
+    Errors: E2020 when the job has others or is none, E2029 when they are not as many.
+    """
+    paths = files_of(out)
+    if resume is not None:
+        stored = tuple(resume.absolute().parent / name for name in read_record(resume).outputs)
+        if len(paths) == 1 and paths[0].name != stored[0].name:
+            raise InputError(
+                "E2020", f"resume: {resume} makes {stored[0].name}, not {paths[0].name}. Nothing was changed."
+            )
+        return stored
+    if paths and len(paths) != count:
+        raise InputError("E2029", f"num: {count} videos need as many files, got {len(paths)}.")
+    return paths
 
 
 @dataclass
 class Output:
     """Where the clips of one video go: `clip` before each one's frames, `write` for these.
 
-    writer: the file's; kept: the pixels so far, where they are wanted in memory; latents: of each clip, as the decoder
-    got them.
+    writer: the file's; room: how many frames it still takes; kept: the pixels so far, where they are wanted in memory;
+    latents: of each clip, as the decoder got them.
     """
 
     writer: media.VideoWriter | None
+    room: int
     keep: bool
     latents: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
@@ -38,8 +64,9 @@ class Output:
 
     def write(self, pixels: Tensor) -> None:
         """More frames, [3, n, H, W] in [-1, 1]."""
-        if self.writer is not None:
-            self.writer.write(quantise(pixels))
+        if self.writer is not None and self.room > 0:
+            self.writer.write(quantise(pixels[:, : self.room]))
+            self.room -= pixels.shape[1]
             failpoint("encode")
         if self.keep:
             self.kept.append(pixels.cpu())
@@ -52,7 +79,7 @@ class Output:
 @contextmanager
 def in_memory(plan: Plan, tensors_file: Path | None, videos: list[Video]) -> Iterator[Output]:
     """An Output that becomes a Video, put into `videos` when the block ends well."""
-    output = Output(None, keep=True)
+    output = Output(None, 0, keep=True)
     yield output
     video = output.video(plan)
     if tensors_file is not None:
@@ -69,12 +96,14 @@ def in_file(
     Error: E5006 when the sound cannot be put in; the silent video is kept then, and named.
     """
     with atomic_path(path, overwrite=overwrite) as temporary:
-        silent = temporary.with_name(f"{temporary.stem}.silent{temporary.suffix}") if sound is not None else temporary
+        # Its name ends as that of the temporary file does, so that `sweep` knows it, too.
+        silent = temporary if sound is None else temporary.with_name(f".silent{temporary.name}")
         try:
             with media.VideoWriter(silent, fps=plan.rate, quality=plan.quality, comment=plan.to_json()) as writer:
-                output = Output(writer, keep=tensors_file is not None)
+                output = Output(writer, plan.frames, keep=tensors_file is not None)
                 yield output
             if sound is not None:
+                failpoint("sound")
                 _put_sound(silent, sound, temporary, path, plan)
         finally:
             if silent != temporary:
@@ -88,7 +117,7 @@ def in_file(
 def _put_sound(silent: Path, sound: Path, out: Path, path: Path, plan: Plan) -> None:
     trim = plan.speech.trim if plan.speech is not None else 0.0
     try:
-        media.add_sound(silent, sound, out, start=trim)
+        media.add_sound(silent, sound, out, start=trim, whole=plan.animation is not None)
     except InputError as error:
         kept = path.with_name(f"{path.stem}.silent{path.suffix}")
         silent.replace(kept)

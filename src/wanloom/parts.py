@@ -26,6 +26,7 @@ from torch import nn
 from wanloom.budget import part_bytes
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.load import load_into
+from wanloom.checkpoint.lora import merge, read_lora
 from wanloom.checkpoint.weights import list_files, open_weights
 from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
@@ -58,6 +59,7 @@ class Parts:
         self.variant, self.files = variant, files
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
         self.resident = self._small() if resident is None else resident
+        self.lora: Path | None = None
         self._loaded: dict[tuple[str, str | None], nn.Module] = {}
 
     @cached_property
@@ -93,13 +95,21 @@ class Parts:
             if not self.resident:
                 release(module)
 
+    def wear(self, lora: Path | None) -> None:
+        """From now on every transformer is loaded with this LoRA in its weights, or with none; others are let go."""
+        if lora == self.lora:
+            return
+        self.lora = lora
+        for key in [key for key in self._loaded if key[0] == "dit"]:
+            release(self._loaded.pop(key))
+
     def release(self) -> None:
         """Let go of everything that stayed loaded."""
         while self._loaded:
             release(self._loaded.popitem()[1])
 
     def weight_files(self) -> Mapping[str, list[Path]]:
-        """Part -> its weight files, shards in order; the tokenizer's file too."""
+        """Part -> its weight files, shards in order; the tokenizer's file and the LoRA's too."""
         files = self.files
         named = {f"dit {name}": (path, "dit") for name, path in files.experts.items()}
         named |= {"vae": (files.vae, "vae"), "text": (files.text, "text")}
@@ -110,6 +120,8 @@ class Parts:
         found = {part: sorted(list_files(path, kind=kind)[0]) for part, (path, kind) in named.items()}
         tokenizer = files.tokenizer
         found["tokenizer"] = [tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer]
+        if self.lora is not None:
+            found["lora"] = [self.lora]
         return found
 
     def _load(self, part: str, expert: str | None) -> nn.Module:
@@ -121,6 +133,8 @@ class Parts:
         dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
         device = self.text_device if part == "text" else self.device
         load_into(module, open_weights(path, kind=part), dtype=dtype, device=device)
+        if part == "dit" and self.lora is not None:
+            merge(module, read_lora(self.lora))
         return module.eval().requires_grad_(False)
 
     def _small(self) -> bool:

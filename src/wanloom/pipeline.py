@@ -12,16 +12,19 @@ Several videos (`num`) go through the stages together: the text is encoded once,
 turn before the next step, so each expert is loaded once and not once for each video.
 
 Tasks that make a video clip by clip (s2v, animate) go round `_clips`: condition, denoise, decode, and what is shown at
-the end of a clip is given to the next one.  Their videos come one after the other.
+the end of a clip is given to the next one.  Their videos come one after the other, and a clip's frames are written when
+it is finished: memory does not grow with their number.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +35,7 @@ from wanloom import budget, demo, media, outputs
 from wanloom.checkpoint.find import Files, resolve
 from wanloom.checkpoint.inspect import inspect
 from wanloom.checkpoint.load import survey
+from wanloom.checkpoint.lora import relighting_file
 from wanloom.conditioning import Conditioning, animate, image, speech, text
 from wanloom.durable import failpoint, refuse_target, sweep
 from wanloom.errors import InputError, NumericalError, WanloomWarning
@@ -45,10 +49,10 @@ from wanloom.jobs import (
     identity,
     machine_fingerprint,
     open_job,
-    read_record,
+    place_words,
     request_texts,
 )
-from wanloom.outputs import Output
+from wanloom.outputs import OutPaths, Output, files_of, files_to_write
 from wanloom.parts import Parts
 from wanloom.plan import Plan, Segment, make_plan
 from wanloom.preview import Film, Previewer
@@ -56,6 +60,7 @@ from wanloom.request import Request
 from wanloom.results import Event, Result, Video, peak_memory
 from wanloom.sampling.samplers import SAMPLERS, Step, Velocity, hold
 from wanloom.sampling.velocity import Experts, Forward, conditioned, guided
+from wanloom.speaking import spoken
 from wanloom.variants import TASKS, VARIANTS, Variant, variant_for
 
 # What `Variant.conditioner` names; and for tasks whose videos are made clip by clip, what each clip is given.
@@ -79,11 +84,12 @@ PREVIEW_EVERY = 1.0  # seconds between two writings of preview.gif
 
 @dataclass(frozen=True)
 class Order:
-    """A request with everything decided, its pictures and sounds read and its videos looked through."""
+    """A request with everything decided, its pictures and sounds read, its videos looked through, its LoRA found."""
 
     request: Request
     plan: Plan
     media: Mapping[str, Any]
+    lora: Path | None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -100,6 +106,7 @@ class Work:
         self.previewer: Previewer | None = None
         self.videos: list[Video] = []
         self.began_at = 0
+        self.resumed = False  # whether it was said where a continued run goes on
         self.steps = order.plan.steps * len(order.plan.segments) * len(order.plans)  # of all clips of all videos
         self._device = device
         self._started = self._last = time.monotonic()
@@ -113,6 +120,15 @@ class Work:
         seconds, self._last = now - self._last, now
         host, gpu = peak_memory(self._device)
         return Event(stage, step, steps, seconds=seconds, peak_host=host, peak_gpu=gpu, **more)
+
+    def place(self, take: int, segment: Segment) -> int:
+        """How many clips of this run come before this one of video `take`."""
+        return take * len(self.plan.segments) + segment.index
+
+    def pieces(self, take: int, segment: Segment) -> tuple[int, int]:
+        """Latent frames of the clips before this one, and of all."""
+        each = segment.latent[1]
+        return each * self.place(take, segment), each * len(self.plan.segments) * len(self.plans)
 
     def draw(self, x0: Tensor, *, last: bool) -> Callable[[], Film] | None:
         """The film of clean latents x0 [1, C, T, h, w], to be made when looked at; now and then also preview.gif."""
@@ -146,7 +162,6 @@ class Work:
 
 
 Stream = Generator[Event, None, Result]
-OutPaths = str | Path | Sequence[str | Path] | None
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -173,7 +188,7 @@ class Pipeline:
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
         self.parts = Parts(variant, files, device=self.device, dtype=dtype, text_device=text_device)
         self.variant = variant
-        self._weights: dict[str, str] | None = None
+        self._identity = cache(identity)
 
     def __call__(self, prompt: str, **fields: Any) -> Video:
         """Make one video; `fields` are those of `Request` (seed=1, size="832x480", image="cat.png", ...)."""
@@ -209,9 +224,15 @@ class Pipeline:
         Errors: InputError for what can be mended, NumericalError (exit 6) for values that are not finite, Interrupted
         (exit 7) after Ctrl-C when there is a file to go on with.
         """
-        order = self.prepare(request)
         folder = None if resume is None else Path(resume)
-        outputs = _outputs(out, folder, order)
+        with spoken(request, self.variant, files_of(out), folder) as heard:
+            return (yield from self._stream(heard, out, folder))
+
+    def _stream(self, request: Request, out: OutPaths, folder: Path | None) -> Stream:
+        """The same for a request that has its sound."""
+        order = self.prepare(request)
+        self.parts.wear(order.lora)
+        outputs = files_to_write(out, folder, len(order.plans))
         self._preflight(order, outputs, resuming=folder is not None)
         job, notice = self._open(order, outputs, folder)
         with job:
@@ -231,8 +252,8 @@ class Pipeline:
     def prepare(self, request: Request) -> Order:
         """Read the inputs and decide every number; all mistakes in the request come out here.
 
-        Errors: those of `make_plan` and `read_inputs`.  Warnings: W2004 an unusual size, W2013 a text cut off, W2036 a
-        sound encoded in windows.
+        Errors: those of `make_plan`, `read_inputs` and `relighting_file`.  Warnings: W2004 an unusual size, W2013 a
+        text cut off, W2036 a sound encoded in windows.
         """
         request = with_folder(request)
         found = read_inputs(request)
@@ -248,7 +269,7 @@ class Pipeline:
             if count > limit:
                 said = f"W2013: {name}: {count} tokens, this model reads {limit}; the last {count - limit} are cut."
                 warnings.warn(WanloomWarning(said), stacklevel=3)
-        return Order(request, plan, found)
+        return Order(request, plan, found, relighting_file(request, self.parts.files))
 
     def _preflight(self, order: Order, outputs: Sequence[Path], *, resuming: bool) -> None:
         """Ask everything that could go wrong after the work: places, disk, encoder, GPU memory."""
@@ -297,10 +318,8 @@ class Pipeline:
 
     def weights(self) -> dict[str, str]:
         """Part -> identity of its weight files (`jobs.identity`), read once."""
-        if self._weights is None:
-            files = self.parts.weight_files()
-            self._weights = {part: " ".join(identity(path) for path in paths) for part, paths in files.items()}
-        return self._weights
+        files = self.parts.weight_files()
+        return {part: " ".join(self._identity(path) for path in paths) for part, paths in files.items()}
 
     # --- the two ways through the stages
 
@@ -314,30 +333,27 @@ class Pipeline:
         yield from self._decode(work, latents)
 
     def _clips(self, work: Work) -> Generator[Event, None, None]:
-        """Video by video and clip by clip: what a clip shows at its end is the past of the next."""
+        """Video by video and clip by clip: what a clip shows at its end is the past of the next.
+
+        A continued run decodes again, from their saved latents, the clips that were made before: their frames are
+        needed for the file, and as the past of the next one, from which it is conditioned anew.  On an equal machine
+        (and no other continues) this gives the bits it gave before.  The transformer is not loaded for it.
+        """
         shared = yield from self._condition(work)
         for take, plan in enumerate(work.plans):
             if work.outputs and work.job.published(work.outputs[take]):
+                work.began_at += plan.steps * len(plan.segments)
                 continue
             clips = CLIPS[self.variant.conditioner](self.parts, plan, work.order.media)
-            past = clips.begin()
-            given = self._given(work, clips, take)
+            past, given = clips.begin(), self._given(work, clips)
             with self._output(work, take) as output, self._experts() as velocity:
                 for segment in plan.segments:
-                    work.job.enter(f"{take:02d}.{segment.index:04d}.")
+                    work.job.enter(take, segment.index)
                     conditioning = clips.clip(shared, next(given), segment, past)
-                    latents = work.job.load("latents")
-                    if latents is None:
-                        z = yield from self._denoise(
-                            work, velocity, conditioning.map(self._here), segment, (plan,), take
-                        )
-                        latents = {"0": z[0]}
-                    before = (take * len(plan.segments) + segment.index) * segment.latent[1]
-                    total = segment.latent[1] * len(plan.segments) * len(work.plans)
-                    shown = yield from self._decode_clip(
-                        work, output, conditioning, latents["0"], plan, segment, before, total
-                    )
-                    past = torch.cat((past, shown), 2)[:, :, -clips.keep :]
+                    z = yield from self._clip_latents(work, velocity, conditioning, segment, take)
+                    tail = deque(past[0].unbind(1), maxlen=clips.keep)
+                    yield from self._decode_clip(work, output, conditioning, z, segment, take, tail)
+                    past = torch.stack(tuple(tail), 1)[None]
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
@@ -347,7 +363,6 @@ class Pipeline:
     def _condition(self, work: Work) -> Generator[Event, None, Conditioning]:
         """What the encoders make of prompt and pictures, on the device of the transformer."""
         yield work.event("encode", 0, 1)
-        work.job.enter("")
         saved = work.job.load("conditioning")
         if saved is not None:
             conditioning = Conditioning.from_tensors(saved)
@@ -363,33 +378,37 @@ class Pipeline:
         yield work.event("encode", 1, 1)
         return conditioning.map(self._here)
 
-    def _given(
-        self, work: Work, clips: speech.Clips | animate.Clips, take: int
-    ) -> Generator[dict[str, Tensor], None, None]:
-        """What each clip of a video is given, computed before the first one, or read from the job folder.
+    def _given(self, work: Work, clips: speech.Clips | animate.Clips) -> Iterator[dict[str, Tensor]]:
+        """What each clip of a video is given, in turn.
 
-        With a job folder nothing of it stays in memory.
+        Where a model makes it, it is made before the first clip and, with a job folder, kept there and not in memory;
+        what is damaged there is made again.
         """
-        segments = work.plan.segments
         if clips.streams:
             yield from clips.given()
             return
-        names = [f"given-{segment.index:04d}" for segment in segments]
-        work.job.enter("")
-        kept: list[dict[str, Tensor]] = []
-        if not all(work.job.has(name) for name in names):
-            for name, given in zip(names, clips.given(), strict=False):
-                for what, tensor in given.items():
-                    require_finite(tensor, "E6002", f"encoding: the {what}")
-                work.job.save(name, given)
-                if not work.job.keeps:
-                    kept.append(given)
-        yield from kept
-        for name in names[len(kept) :]:
-            saved = work.job.load(name)
+        job, names = work.job, [f"given-{segment.index:04d}" for segment in work.plan.segments]
+        if not job.keeps:
+            yield from [given for _, given in self._make_given(work, clips, names)]
+            return
+        if not all(job.has(name) for name in names):
+            for _ in self._make_given(work, clips, names):
+                pass
+        for name in names:
+            saved = job.load(name)
             if saved is None:
-                raise InputError("E2020", f"resume: {name} is damaged. Run the command again without --resume.")
+                saved = next(given for made, given in self._make_given(work, clips, names) if made == name)
             yield saved
+
+    def _make_given(
+        self, work: Work, clips: speech.Clips | animate.Clips, names: Sequence[str]
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name and tensors of what each clip is given, saved where the job keeps it."""
+        for name, given in zip(names, clips.given(), strict=True):
+            for what, tensor in given.items():
+                require_finite(tensor, "E6002", f"encoding: the {what}")
+            work.job.save(name, given)
+            yield name, given
 
     # --- denoise
 
@@ -398,9 +417,29 @@ class Pipeline:
         saved = work.job.load("latents")
         if saved is None:
             return None
-        work.began_at = steps = work.plan.steps
+        work.began_at = steps = work.steps
         yield work.event("denoise", steps, steps, message="denoising was done before; resuming at the decoder")
         return [saved[str(i)].to(self.device) for i in range(len(work.plans))]
+
+    def _clip_latents(
+        self, work: Work, velocity: Experts, conditioning: Conditioning, segment: Segment, take: int
+    ) -> Generator[Event, None, Tensor]:
+        """The latents [C, T, h, w] of a clip: an earlier process saved them, or they are made now.
+
+        Clips behind one that has to be made again are taken as they were saved: it becomes what it was, bit for bit, as
+        everything that decides it is the same (`jobs.Record`, `_clips`).
+        """
+        plan = work.plans[take]
+        saved = work.job.load("latents")
+        if saved is not None:
+            work.began_at += plan.steps
+            if segment.index == 0:
+                again = "the clips that were made before are decoded again"
+                yield work.event("decode", *work.pieces(take, segment), clip=0, message=again)
+            return saved["0"]
+        conditioning = conditioning.map(self._here)
+        made = yield from self._denoise(work, velocity, conditioning, segment, (plan,), take)
+        return made[0]
 
     def _denoise(
         self, work: Work, velocity: Experts, conditioning: Conditioning, segment: Segment, plans: Sequence[Plan],
@@ -413,11 +452,13 @@ class Pipeline:
         plan, job, takes = work.plan, work.job, len(plans)
         state = job.load_state(takes)
         start = state.done if state else 0
-        before = plan.steps * (first * len(plan.segments) + segment.index)  # steps of videos and clips before
-        if start:
-            work.began_at = before + start
-        message = _resuming(plan, segment, start)
-        yield work.event("denoise", before + start * takes, work.steps, message=message)
+        before = plan.steps * work.place(first, segment)  # steps of the clips before
+        work.began_at += start * takes
+        where = place_words(plan, first, segment.index, videos=len(work.plans) // takes)
+        message = f"resuming at {where}step {start + 1} of {plan.steps}" if work.began_at and not work.resumed else ""
+        work.resumed = True
+        clip = segment.index if plan.in_clips else None
+        yield work.event("denoise", before + start * takes, work.steps, message=message, clip=clip)
         said: dict[str, Tensor] = {}  # what the model answered last
         velocity.take(self._binder(plan, conditioning, said))
         runs = self._runs(plans, segment, velocity, conditioning, state)
@@ -434,7 +475,7 @@ class Pipeline:
                     job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
                 yield work.event(
                     "denoise", before + index * takes + take + 1, work.steps, sigma=step.sigma, t=step.t,
-                    expert=velocity.name, seed=plans[take].seed, clip=segment.index, film=film,
+                    expert=velocity.name, seed=plans[take].seed, clip=clip, film=film,
                 )  # fmt: skip
         return [step.x[0] for step in latest]
 
@@ -492,7 +533,7 @@ class Pipeline:
         suspects = {**said, "prediction x0": step.x0, "latents": step.x}
         name = next(name for name, tensor in suspects.items() if not bool(torch.isfinite(tensor).all()))
         expert = plan.span_at(step.index).expert
-        clip = _clip_words(plan, segment)
+        clip = place_words(plan, 0, segment.index, videos=1)
         where = f"{clip}step {step.index + 1} of {plan.steps}, expert {expert}, sigma {step.sigma:.4f}"
         require_finite(suspects[name], "E6001", f"{where}: the {name}")
 
@@ -536,26 +577,28 @@ class Pipeline:
                         yield work.event("decode", number, total, seed=plan.seed)
 
     def _decode_clip(
-        self, work: Work, output: Output, conditioning: Conditioning, z: Tensor, plan: Plan, segment: Segment,
-        before: int, total: int,
-    ) -> Generator[Event, None, Tensor]:  # fmt: skip
-        """The frames of a clip that are shown, into the output and returned: [1, 3, n, H, W] on the CPU."""
+        self, work: Work, output: Output, conditioning: Conditioning, z: Tensor, segment: Segment, take: int,
+        tail: deque[Tensor],
+    ) -> Generator[Event, None, None]:  # fmt: skip
+        """The frames of a clip that are shown, into the output; `tail` keeps the last of them, [3, H, W] on the CPU."""
+        each, seed = segment.latent[1], work.plans[take].seed
+        before, total = work.pieces(take, segment)
         yield work.event("decode", before, total, clip=segment.index)
         z = z[:, conditioning.drop :].to(self.device)
         if conditioning.lead is not None:
             z = torch.cat((conditioning.lead[0].to(z), z), 1)
         output.clip(z)
-        skip, left, shown = segment.skip, segment.frames, []
-        share = segment.latent[1] / z.shape[1]
+        skip, left, step = segment.skip, segment.frames, 0
         with self.parts.use("vae") as vae:
             for number, piece in enumerate(self._frames(vae, z), start=1):
-                kept = piece[:, min(skip, piece.shape[1]) :][:, :left]
-                skip, left = max(0, skip - piece.shape[1]), left - kept.shape[1]
-                if kept.shape[1]:
-                    output.write(kept)
-                    shown.append(kept.cpu())
-                yield work.event("decode", before + round(number * share), total, seed=plan.seed, clip=segment.index)
-        return torch.cat(shown, 1)[None]
+                shown = piece[:, min(skip, piece.shape[1]) :][:, :left]
+                skip, left = max(0, skip - piece.shape[1]), left - shown.shape[1]
+                if shown.shape[1]:
+                    output.write(shown)
+                    tail.extend(shown.cpu().unbind(1))
+                if step < number * each // z.shape[1]:  # what stands before the clip's own latents is decoded, too
+                    step = number * each // z.shape[1]
+                    yield work.event("decode", before + step, total, seed=seed, clip=segment.index)
 
     def _frames(self, vae: Any, z: Tensor) -> Iterator[Tensor]:
         """Pixels [3, n, H, W] in [-1, 1] of each latent frame in turn."""
@@ -627,16 +670,6 @@ def once(dit: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
     return given
 
 
-def _clip_words(plan: Plan, segment: Segment) -> str:
-    """'clip 2 of 5, ', or nothing where there is one."""
-    return f"clip {segment.index + 1} of {len(plan.segments)}, " if len(plan.segments) > 1 else ""
-
-
-def _resuming(plan: Plan, segment: Segment, start: int) -> str:
-    """'resuming at step 5 of 20'; nothing at the beginning."""
-    return f"resuming at {_clip_words(plan, segment)}step {start + 1} of {plan.steps}" if start else ""
-
-
 def require_finite(tensor: Tensor, code: str, what: str) -> None:
     """NumericalError saying how much of `what` is not finite, when any of it is not."""
     if bool(torch.isfinite(tensor).all()):
@@ -658,19 +691,3 @@ def resolve_device(device: str | None) -> str:
         if not there or index >= torch.cuda.device_count():
             raise InputError("E8002", f"device: {device} was asked for and is not there. Use --device cpu.")
     return device
-
-
-def _outputs(out: OutPaths, resume: Path | None, order: Order) -> tuple[Path, ...]:
-    """The files of a run: those given, or those of the job that is continued."""
-    given = () if out is None else (out,) if isinstance(out, str | Path) else tuple(out)
-    paths = tuple(Path(path) for path in given)
-    if resume is not None:
-        stored = tuple(resume.absolute().parent / name for name in read_record(resume).outputs)
-        if len(paths) == 1 and paths[0].name != stored[0].name:
-            raise InputError(
-                "E2020", f"resume: {resume} makes {stored[0].name}, not {paths[0].name}. Nothing was changed."
-            )
-        return stored
-    if paths and len(paths) != len(order.plans):
-        raise InputError("E2029", f"num: {len(order.plans)} videos need as many files, got {len(paths)}.")
-    return paths

@@ -22,11 +22,13 @@ from wanloom.clips import (
     Speech,
     animate_cuts,
     animation_of,
+    audible,
     check_clips,
     check_drivers,
     speech_cuts,
     speech_of,
     speech_size,
+    window_notes,
 )
 from wanloom.errors import InputError
 from wanloom.request import (
@@ -99,7 +101,11 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every number of a run.  `asked` is the size the request (or the model) named; `size` is what is made."""
+    """Every number of a run.
+
+    asked: the size the request (or the model) named; size: what is made.  frames: of the file; the last clip of s2v may
+    make more than the sound is long.
+    """
 
     format: int = FORMAT
     variant: str
@@ -222,11 +228,11 @@ def make_plan(
         variant=variant.name,
         task=variant.task,
         demo=variant.demo,
-        prompt=request.prompt,
+        prompt=request.prompt if request.prompt.strip() else variant.defaults.prompt,
         negative_prompt=negative,
         asked=asked,
         size=size,
-        frames=sum(part.frames for part in segments),
+        frames=audible(sum(part.frames for part in segments), variant.defaults.fps, speech, _samples(inputs)),
         fps=round(Fraction(*animation.rate)) if animation else _default(request.fps, variant.defaults.fps),
         quality=variant.defaults.quality,
         sampler=_default(request.sampler, variant.defaults.sampler),
@@ -240,7 +246,7 @@ def make_plan(
         noise_device=_default(request.noise_device, "cpu"),
         segments=segments,
         inputs=tuple(inputs),
-        notes=_notes(variant, asked),
+        notes=(*_notes(variant, asked, animation), *window_notes(speech, _samples(inputs))),
         speech=speech,
         animation=animation,
     )
@@ -294,7 +300,7 @@ def check_request(request: Request, variant: Variant, *, draft: bool = False) ->
     if request.task not in (None, variant.task, variant.name):
         raise InputError("E2002", f"task: got {request.task}, but the model is {variant.name}. Load that task's model.")
     check_prompt(request.prompt)
-    if not request.prompt.strip() and not draft:
+    if not request.prompt.strip() and not variant.defaults.prompt and not draft:
         raise InputError("E2012", "prompt: is empty. Say what the video shows.")
     if request.negative_prompt is not None:
         check_prompt(request.negative_prompt, "negative-prompt")
@@ -324,7 +330,7 @@ def _check_inputs(request: Request, variant: Variant, draft: bool) -> None:
         given = getattr(request, role) is not None
         if given and not variant.takes(role):
             raise InputError("E2016", f"{option}: not used by {variant.name}. Leave it out, or choose a task for it.")
-        if given or draft or not variant.needs(role):
+        if given or draft or not variant.needs(role) or (role == "audio" and request.tts_text is not None):
             continue
         if role == "audio":
             raise InputError("E2024", f"audio: {variant.name} needs a sound. Give --audio FILE, or --tts-text TEXT.")
@@ -400,7 +406,7 @@ def _driven_size(request: Request, variant: Variant, driver: Size | None) -> tup
 
 
 def _sizes(request: Request, variant: Variant, image: Size | None) -> tuple[Size, Size]:
-    """The size named, and the size made: with a picture (or a pose video, `image`) only the area of the first counts."""
+    """The size named, and the size made: with a picture (or a pose video, `image`) only the area of the first one."""
     asked = _asked_size(request, variant)
     multiple = variant.multiple
     size = asked
@@ -466,10 +472,14 @@ def _listed(variant: Variant) -> str:
     return ", ".join(f"{width}x{height}" for width, height in variant.sizes)
 
 
-def _notes(variant: Variant, asked: Size) -> tuple[str, ...]:
-    if asked in variant.sizes:
-        return ()
-    return (f"W2004: size: {asked[0]}x{asked[1]} is not one {variant.name} was trained for ({_listed(variant)}).",)
+def _notes(variant: Variant, asked: Size, animation: Animation | None) -> tuple[str, ...]:
+    notes = []
+    if asked not in variant.sizes:
+        width, height = asked
+        notes.append(f"W2004: size: {width}x{height} is not one {variant.name} was trained for ({_listed(variant)}).")
+    if animation is not None and animation.relight and not animation.replace:
+        notes.append("W2037: use-relighting-lora: it was made for replacement, and this is none (no --replace-flag).")
+    return tuple(notes)
 
 
 # --- clips ----------------------------------------------------------------------------------------------------------
@@ -482,12 +492,16 @@ def _cuts(
     """The clips of the video; a task without clips has one.  A draft without a sound or a driver counts one, too."""
     there = {item.role: item for item in inputs}
     if speech is not None:
-        sound = there.get("audio")
-        return speech_cuts(request.num_clips, variant, speech, sound.samples if sound else None)
+        return speech_cuts(request.num_clips, variant, speech, _samples(inputs))
     if animation is not None:
         driver = there.get("pose_video")
         return animate_cuts(driver.frames if driver else frames, frames, animation.shared)
     return (Clip(frames=frames, latents=(frames - 1) // variant.vae.stride[0] + 1, skip=0, start=0),)
+
+
+def _samples(inputs: Sequence[Input]) -> int | None:
+    """Of the sound, when there is one."""
+    return next((item.samples for item in inputs if item.role == "audio"), None)
 
 
 def _segment(variant: Variant, size: Size, index: int, cut: Clip, seed: int) -> Segment:

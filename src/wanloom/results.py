@@ -83,8 +83,9 @@ class Video:
         media.check_output(path, overwrite=overwrite)
         plan = self.plan
         media.save_video(
-            path, self.frames, fps=plan.fps, quality=plan.quality, comment=plan.to_json(), overwrite=overwrite
-        )
+            path, self.frames[: plan.frames], fps=plan.rate, quality=plan.quality, comment=plan.to_json(),
+            overwrite=overwrite,
+        )  # fmt: skip
         return path
 
 

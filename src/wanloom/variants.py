@@ -54,6 +54,7 @@ class Defaults:
     shift_480p: float | None = None  # used instead of `shift` up to 832*480 pixels
     guidance: tuple[float, float] = (5.0, 5.0)
     sampler: str = "unipc"
+    prompt: str = ""  # what a request without one gets; empty: it has to have one
     negative_prompt: str = NEGATIVE
     quality: int = 8  # of the mp4, 0..10 on the official scale (imageio): 8 is x264 with quantiser 10
 
@@ -207,6 +208,8 @@ S2V_14B = Variant(
     repos=("Wan-AI/Wan2.2-S2V-14B",),
     files=_files(_dit_file(_SHARDS, 16_295_755_609), audio=True),
 )
+# Its published prompt, which the official command always takes: "the person in the video is performing actions".
+PROMPT_ANIMATE = "视频中的人在做动作"
 ANIMATE_14B = Variant(
     name="animate-14B",
     task="animate-14B",
@@ -221,7 +224,7 @@ ANIMATE_14B = Variant(
         ("background_video", False),
         ("mask_video", False),
     ),
-    defaults=Defaults(frames=77, fps=30, steps=20, guidance=(1.0, 1.0)),
+    defaults=Defaults(frames=77, fps=30, steps=20, guidance=(1.0, 1.0), prompt=PROMPT_ANIMATE),
     repos=("Wan-AI/Wan2.2-Animate-14B",),
     files=_files(_dit_file(_SHARDS, 17_274_816_884), clip=True),
 )
@@ -344,8 +347,8 @@ DEMO_ANIMATE = Variant(
     clip=ClipConfig(dim=32, ffn_dim=64, heads=2, layers=2, patch=16, image=64, projection=32),
     conditioner="animate",
     inputs=ANIMATE_14B.inputs,
-    defaults=Defaults(size=(64, 64), frames=17, fps=16, steps=10, shift=3.0, guidance=(1.0, 1.0), negative_prompt=""),
-    sizes=((64, 64),),
+    defaults=Defaults(size=(128, 128), frames=17, fps=16, steps=10, shift=3.0, guidance=(1.0, 1.0), negative_prompt=""),
+    sizes=((128, 128),),
     demo=True,
 )
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from rows import I2V, I2V_21, SMALL, T2V, TI2V, check_refusal
+from rows import ANIMATE, I2V, I2V_21, S2V, SMALL, T2V, TI2V, check_refusal
 
 import tiny
 from command_line import Ran, run_here
@@ -16,9 +16,9 @@ from command_line import Ran, run_here
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small checkpoints of five released models; not to be changed."""
+    """Small checkpoints of seven released models; not to be changed."""
     folder = tmp_path_factory.mktemp("models")
-    for name in (T2V, I2V, TI2V, SMALL, I2V_21):
+    for name in (T2V, I2V, TI2V, SMALL, I2V_21, S2V, ANIMATE):
         tiny.checkpoint(folder, name)
     return folder
 

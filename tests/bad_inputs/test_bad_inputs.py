@@ -19,13 +19,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rows import I2V, OWNED, SHARD, SHORT, SMALL, T2V, TI2V, check_refusal, entry, safetensors
+from rows import I2V, OWNED, S2V, SHARD, SHORT, SMALL, T2V, TI2V, check_refusal, entry, safetensors, wav
 
 import tiny
 from command_line import Ran, run_process
 
 # Row -> (what is typed after `generate`, error code, words of the message); {t2v} and so on are small checkpoints.
 GOOD = "--ckpt-dir {t2v} --prompt x"
+SPOKEN = "--task s2v-14B --ckpt-dir {s2v} --prompt x --image {picture} --audio {sound}"
 REFUSED: dict[int, list[tuple[str, str, str]]] = {
     1: [("--task t2v-14B --prompt x", "E2001", "--ckpt-dir is required: t2v-14B has no demo model")],
     3: [("--task t2v-15B --ckpt-dir {t2v} --prompt x", "E2002", "Did you mean 't2v-14B'? There are: ")],
@@ -74,6 +75,12 @@ REFUSED: dict[int, list[tuple[str, str, str]]] = {
         (f"{GOOD} --sigmas 1,0.5 --steps 2", "E2023", "Leave --steps and --shift out"),
         (f"{GOOD} --like a.mp4 --resume a.job", "E2023", "conflicts with --like"),
     ],
+    39: [
+        ("--task s2v-14B --ckpt-dir {s2v} --prompt x --image {picture}", "E2024", "Give --audio FILE, or --tts-text"),
+        (f"{SPOKEN} --num-clip 0", "E2024", "num-clips: got 0, expected 1..10000"),
+        (f"{SPOKEN} --num-clip -1", "E2024", "num-clips: got -1, expected 1..10000"),
+        (f"{SPOKEN} --num-clip 1.5", "E2024", "num-clips: got '1.5'"),
+    ],
 }  # fmt: skip
 
 CASES = [pytest.param(*case, id=f"B{row:03d}-{i}") for row, cases in REFUSED.items() for i, case in enumerate(cases)]
@@ -82,8 +89,9 @@ CASES = [pytest.param(*case, id=f"B{row:03d}-{i}") for row, cases in REFUSED.ite
 @pytest.mark.parametrize(("typed", "code", "said"), CASES)
 def test_what_is_typed_wrongly_is_refused(typed, code, said, refused, models, picture, tmp_path):
     tiny.picture(tmp_path / "narrow.png", (160, 16))
-    places = {"t2v": models / T2V, "i2v": models / I2V, "ti2v": models / TI2V}
-    words = [word.format(**places, picture=picture, narrow=tmp_path / "narrow.png") for word in typed.split(" ")]
+    places = {"t2v": models / T2V, "i2v": models / I2V, "ti2v": models / TI2V, "s2v": models / S2V}
+    files = {"picture": picture, "narrow": tmp_path / "narrow.png", "sound": wav(tmp_path / "sound.wav")}
+    words = [word.format(**places, **files) for word in typed.split(" ")]
     assert said in refused(code, *words)
 
 

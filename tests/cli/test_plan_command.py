@@ -46,12 +46,25 @@ def test_what_does_not_fit_is_named_and_exits_5(run, computer, has, short):
     assert f"It does not fit. {short}: " in ran.out
 
 
-@pytest.mark.parametrize(("memory", "model"), [(21, "ti2v-5B"), (15, "t2v-1.3B")])
-def test_what_would_fit_instead_does_fit(run, computer, memory, model):
+@pytest.mark.parametrize(
+    ("asked", "memory", "model"),
+    [
+        ("t2v-A14B", 21, "ti2v-5B"), ("t2v-A14B", 15, "t2v-1.3B"), ("s2v-14B", 45, "s2v-14B"),
+        ("animate-14B", 45, "animate-14B"),
+    ],
+)  # fmt: skip
+def test_what_would_fit_instead_does_fit(run, computer, asked, memory, model):
     computer(memory=memory)
-    instead = run("plan", "t2v-A14B").out.rpartition("This would: wanloom ")[2].split()
+    instead = run("plan", asked).out.rpartition("This would: wanloom ")[2].split()
     assert instead[:2] == ["plan", model]
     assert run(*instead).code == 0
+
+
+def test_clips_are_said_and_take_no_more_gpu_memory(run, computer):
+    computer(gpu=100)
+    two, three = (json.loads(run("plan", "s2v-14B", "--num-clips", n, "--json").out)["need"] for n in (2, 3))
+    assert "237 frames in 3 clips at 16 fps" in run("plan", "s2v-14B", "--num-clips", 3).out
+    assert two["gpu"] == three["gpu"] and 1.4 < three["flops"] / two["flops"] < 1.6
 
 
 def test_a_checkpoint_that_is_here_is_not_counted_as_a_download(run, computer):

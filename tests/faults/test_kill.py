@@ -7,18 +7,14 @@ each branch; latents, frames and video are equal, bit for bit; nothing else lies
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 
 import tiny
@@ -46,60 +42,22 @@ SAMPLE = (
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Callable[[dict[str, Any]], int]]:
-    """Runs a command line in a child: the exit status, negative for a signal."""
-    source = Path(__file__).resolve().parents[2] / "src"
-    env = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stdin is not None and process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-
-        def run(job: dict[str, Any]) -> int:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            return int(json.loads(process.stdout.readline())["status"])
-
-        yield run
-        process.stdin.close()
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint(tmp_path_factory.mktemp("model"), "t2v-A14B")
 
 
-class Case:
-    """A folder in which one command line runs, perhaps several times."""
+class Case(cases.Case):
+    """A run of two experts."""
 
-    def __init__(self, root: Path, zygote: Callable[[dict[str, Any]], int], model: Path, sampler: str) -> None:
-        self.root, self._zygote = root, zygote
-        self.folder = root / "work"
-        self.folder.mkdir(parents=True)
-        self.command = [
-            "generate", "--task", "t2v-A14B", "--ckpt-dir", str(model), "--prompt", "a red cat", "--size", "32x32",
-            "--frames", "9", "--steps", str(STEPS), "--seed", "5", "--device", "cpu", "--sampler", sampler,
-            "--save-every", "1", "--out", "a.mp4", "--save-tensors", "a.safetensors",
-        ]  # fmt: skip
-
-    def run(self, argv: list[str] | None = None, **job: Any) -> int:
-        return self._zygote(
-            {"argv": argv or self.command, "cwd": str(self.folder), "calls": str(self.root / "calls"), **job}
-        )
-
-    @property
-    def calls(self) -> int:
-        log = self.root / "calls"
-        return log.stat().st_size if log.exists() else 0
-
-    @property
-    def out(self) -> str:
-        return (self.root / "out.txt").read_text()
-
-    @property
-    def err(self) -> str:
-        return (self.root / "err.txt").read_text()
+    def __init__(self, root: Path, zygote: cases.Zygote, model: Path, sampler: str) -> None:
+        super().__init__(
+            root, zygote,
+            [
+                "generate", "--task", "t2v-A14B", "--ckpt-dir", str(model), "--prompt", "a red cat", "--size", "32x32",
+                "--frames", "9", "--steps", str(STEPS), "--seed", "5", "--device", "cpu", "--sampler", sampler,
+                "--save-every", "1", "--out", "a.mp4", "--save-tensors", "a.safetensors",
+            ],
+        )  # fmt: skip
 
     def states(self) -> list[int]:
         return sorted(int(path.stem[6:]) for path in self.folder.glob("a.job/state-*.safetensors"))
@@ -122,16 +80,10 @@ class Case:
         else:
             sweep(self.folder)  # as any later run in this folder does
 
-    def hashes(self) -> dict[str, str]:
-        return {
-            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(self.folder.rglob("*"))
-        }
-
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    zygote: Callable[[dict[str, Any]], int], model: Path, tmp_path_factory: pytest.TempPathFactory
+    zygote: cases.Zygote, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, str]]:
     """Sampler -> what a run without a kill leaves."""
     known: dict[str, dict[str, str]] = {}

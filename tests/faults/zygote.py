@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from wanloom.cli import main
-from wanloom.encoders import build_umt5
-from wanloom.models.config import TextConfig
+from wanloom.encoders import build_clip, build_umt5, build_wav2vec2
+from wanloom.models.config import AudioConfig, ClipConfig, TextConfig
 from wanloom.models.dit import DiT
 
 
@@ -34,6 +34,8 @@ def warm() -> None:
 
     with torch.device("meta"):
         build_umt5(TextConfig(dim=8, ffn_dim=8, heads=1, head_dim=8, layers=1, vocab=8))
+        build_clip(ClipConfig(dim=80, ffn_dim=8, heads=1, layers=1, projection=8))
+        build_wav2vec2(AudioConfig(dim=32, ffn_dim=8, heads=1, layers=1, conv_dim=(8,) * 7, positions=8, groups=4))
     assert wanloom.cli.run and wanloom.pipeline
 
 

@@ -65,6 +65,17 @@ def test_channels_are_averaged_and_other_rates_become_sixteen_kilohertz(tmp_path
     assert np.abs(sound.wave - want)[200:-200].max() < 1e-3
 
 
+@pytest.mark.parametrize("channels", [3, 6, 8, 16])
+def test_the_mean_of_many_channels_is_heard(channels: int, tmp_path: Path) -> None:
+    """Each channel is another tone, none as loud as the others: a lost or doubled one would be heard."""
+    t = np.arange(RATE // 2) / RATE
+    pitches = [200 + 100 * c for c in range(channels)]
+    samples = np.stack([np.sin(2 * np.pi * f * t) * (c + 1) / (channels + 1) for c, f in enumerate(pitches)])
+    sound = read_sound(wav(tmp_path / "a.wav", samples.astype(np.float32), RATE))
+    assert len(sound.wave) == RATE // 2
+    assert np.abs(sound.wave - samples.mean(0)).max() < 1e-4
+
+
 def test_resampling_piece_by_piece_is_resampling_at_once(tmp_path: Path) -> None:
     import soxr
 

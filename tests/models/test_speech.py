@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanloom.conditioning.speech import clip_count, features_at
 from wanloom.models.adapters import build_dit
 from wanloom.models.adapters.speech import AudioEncoder, FramePacker, spread
 from wanloom.models.config import DiTConfig, SpeechConfig
@@ -185,19 +184,3 @@ def test_sound_moves_the_frame_it_belongs_to_first(dit: DiT) -> None:
     handle.remove()
     moved = (after[0] - after[1]).abs().amax((0, 2)).unflatten(0, (FRAMES + 1, -1)).amax(1) > 0
     assert moved.tolist() == [False, False, True, False]
-
-
-def test_features_are_interpolated_to_thirty_and_picked_for_sixteen_a_second() -> None:
-    states = torch.arange(100.0)[None, :, None]  # 2 s at 50 a second: a ramp that tells its own time
-    features = features_at(states, 16, 40)
-    assert features.shape == (1, 1, 40)
-    at = [round(k / 16 * 30) for k in range(40)]
-    assert at[:12] == [0, 2, 4, 6, 8, 9, 11, 13, 15, 17, 19, 21]
-    want = torch.tensor([i * 99 / 59 if i < 60 else 0.0 for i in at])
-    torch.testing.assert_close(features[0, 0], want, rtol=1e-5, atol=1e-5)
-    assert features[0, 0, 32:].eq(0).all()
-
-
-@pytest.mark.parametrize(("states", "clips"), [(49, 1), (249, 1), (250, 2), (64, 1), (499, 2), (500, 3)])
-def test_a_sound_fills_this_many_clips_of_eighty(states: int, clips: int) -> None:
-    assert clip_count(states, 16, 80) == clips

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanloom.checkpoint.documents import read_json
-from wanloom.checkpoint.header import Entry, unchanged
+from wanloom.checkpoint.header import Entry, Header, unchanged
 from wanloom.checkpoint.load import read_entry, require_finite
-from wanloom.checkpoint.weights import FLOATS, Source, few, list_files, read_any
+from wanloom.checkpoint.weights import FLOATS, Source, few, list_files, prefer_safetensors, read_any
 from wanloom.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from wanloom.checkpoint.find import Files
+    from wanloom.request import Request
 
     Lora = Mapping[str, tuple[Tensor, Tensor, float]]  # module -> down [r, in], up [out, r], scale
 
@@ -40,9 +43,31 @@ def read_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     Alpha is a tensor beside the halves, or stands in the adapter_config.json beside an adapter_model file, as PEFT
     writes it; where neither says, the scale is 1 (the published LoRA has rank and alpha 128).
     """
-    path = Path(path)
-    file = list_files(path, pickles=True)[0][0]
+    file = list_files(Path(path), pickles=True)[0][0]
     said = _alpha_beside(file)
+    header, parts = _table(file)
+    lora = {module: _pair(file, module, entries, said) for module, entries in parts.items()}
+    unchanged(file, header.stamp)
+    return lora
+
+
+def relighting_file(request: Request, files: Files) -> Path | None:
+    """The relighting LoRA that a request asks for: the file it names, or that of the checkpoint; None when it does not.
+
+    Only its table is read.  Errors: E4001 it is not there, E4024 and those of `header.py` and `pickled.py`.
+    """
+    if not request.use_relighting_lora:
+        return None
+    path = request.relighting_lora or (files.root / RELIGHTING if files.root is not None else Path(RELIGHTING))
+    file = prefer_safetensors(Path(path))
+    if not file.is_file():
+        raise InputError("E4001", f"the relighting LoRA is missing: {file}. Name it with --relighting-lora.")
+    _table(file)
+    return file
+
+
+def _table(file: Path) -> tuple[Header, dict[str, dict[str, Entry]]]:
+    """A LoRA's header, and module -> "A", "B" and "alpha" of what is in it."""
     header = read_any(file)
     parts: dict[str, dict[str, Entry]] = {}
     for name, entry in header.entries.items():
@@ -55,9 +80,7 @@ def read_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
         parts[match["module"]][half] = entry
     if not parts:
         raise InputError("E4024", f"{file}: holds no tensors.")
-    lora = {module: _pair(file, module, entries, said) for module, entries in parts.items()}
-    unchanged(file, header.stamp)
-    return lora
+    return header, parts
 
 
 def _alpha_beside(file: Path) -> float | None:

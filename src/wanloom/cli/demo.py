@@ -1,6 +1,6 @@
 """`wanloom demo`: a video by the model inside this package, with nothing to download and no GPU.
 
-`--all` makes one with each demo model and an HTML page that shows them side by side.
+`--all` makes one with each demo model, an HTML page that shows them side by side, and a sheet of their frames.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from wanloom.runtime import machine
 from wanloom.variants import VARIANTS
 
 FOLDER = Path("outputs")
-TASKS = {"t2v": "text to video", "i2v": "image to video", "ti2v": "text and image to video"}
+TASKS = {
+    "t2v": "text to video", "i2v": "image to video", "ti2v": "text and image to video", "s2v": "speech to video",
+    "animate": "character animation",
+}  # fmt: skip
 
 
 @click.command("demo", cls=Command)
@@ -40,40 +43,66 @@ def command(prompt: str | None, seed: str, every: bool, preview: bool) -> None:
         raise InputError("E4001", "demo: this installation has no demo weights. `wanloom models` says what there is.")
     say(header())
     FOLDER.mkdir(exist_ok=True)
-    made = [one(name, prompt, seed, preview) for name in (names if every else names[:1])]
+    made = []
+    for name in names if every else names[:1]:
+        made.append(one(name, prompt, seed, preview))
+        if VARIANTS[name].conditioner == "animate":
+            made.append(one(name, prompt, seed, preview, replaced=True))
     say()
     if every:
-        page = FOLDER / "demo.html"
+        page, sheet = FOLDER / "demo.html", FOLDER / "demo.png"
         write_page(page, made)
-        say(f"All together: {page}")
+        write_sheet(sheet, made)
+        say(f"All together: {page}, and as one picture: {sheet}")
     say('Next   wanloom generate --prompt "a blue star bounces on sand"      your own')
     if not every and len(names) > 1:
         say("       wanloom demo --all                                         every demo model, on one page")
     say("       wanloom plan t2v-A14B                                      what the real model needs here")
 
 
-def one(name: str, prompt: str | None, seed: str, preview: bool) -> tuple[str, str, Path]:
-    """One video by one demo model: its name, the prompt, the file."""
+def one(name: str, prompt: str | None, seed: str, preview: bool, *, replaced: bool = False) -> tuple[str, str, Path]:
+    """One video by one demo model: what it is, the prompt, the file.
+
+    replaced: the figure is put into another room (demo-animate).
+    """
     from wanloom.cli.prepare import prepare
     from wanloom.cli.run import make
 
     row = VARIANTS[name]
-    words = demo.EXAMPLES[name] if prompt is None else prompt
-    typed: dict[str, Any] = {"task": name, "prompt": words, "seed": seed, "preview": preview}
-    picture = FOLDER / f"{name}_start.png"
-    if row.needs("image"):
-        demo.draw_first_frame(words, picture, size=row.defaults.size[0])
-        typed["image"] = str(picture)
+    people = row.conditioner in ("speech", "animate")
+    words = demo.EXAMPLES[name] if prompt is None or people else prompt
+    what = f"{name}-replace" if replaced else name
+    given = inputs_of(name, words, FOLDER / f"{what}_inputs", replaced=replaced)
+    typed: dict[str, Any] = {"task": name, "prompt": words, "seed": seed, "preview": preview, **given}
     run = prepare(typed, like=None, resume=None, dry_run=True)
-    out = fresh(FOLDER / f"{name}_{run.plan.seed}.mp4")
+    out = fresh(FOLDER / f"{what}_{run.plan.seed}.mp4")
     run = replace(run, outputs=(out,), demo_name=None)
-    kind = TASKS[name.removeprefix("demo-")]
-    what = "a smoke-test model" if demo.is_smoke_test(name) else "trained by this project"
+    kind = TASKS[name.removeprefix("demo-")] + (", replacing somebody" if replaced else "")
+    state = "a smoke-test model" if demo.is_smoke_test(name) else "trained by this project"
     say()
-    say(f"Model  {name}: {kind}, {bytes_text(demo.size_of(name))} inside this package, {what}; not a Wan checkpoint")
-    say(f'Prompt "{words}"' + (f", from {picture}" if "image" in typed else ""))
+    say(f"Model  {name}: {kind}, {bytes_text(demo.size_of(name))} inside this package, {state}; not a Wan checkpoint")
+    say(f'Prompt "{words}"' + "".join(f", {role} {path}" for role, path in given.items() if path is not True))
     make(run)
-    return name, words, out
+    return what, words, out
+
+
+def inputs_of(name: str, words: str, folder: Path, *, replaced: bool) -> dict[str, str | bool]:
+    """Draw the pictures, sounds and videos that a demo model needs into `folder`: fields of the request."""
+    row = VARIANTS[name]
+    if row.conditioner in ("speech", "animate"):
+        from wanloom.demo import cases
+
+        folder.mkdir(exist_ok=True)
+        if row.conditioner == "speech":
+            found = cases.speech_case(0, folder).given
+        else:
+            found = cases.dance_case(int(replaced), folder).given
+        return {role: path if isinstance(path, bool) else str(path) for role, path in found.items()}
+    if not row.needs("image"):
+        return {}
+    folder.mkdir(exist_ok=True)
+    demo.draw_first_frame(words, folder / "start.png", size=row.defaults.size[0])
+    return {"image": str(folder / "start.png")}
 
 
 def header() -> str:
@@ -97,7 +126,7 @@ def write_page(page: Path, made: list[tuple[str, str, Path]]) -> None:
     from wanloom.durable import write_atomic
 
     figures = "\n".join(
-        f'<figure><video src="{html.escape(file.name)}" autoplay loop muted playsinline></video>'
+        f'<figure><video src="{html.escape(file.name)}" autoplay loop muted playsinline controls></video>'
         f"<figcaption><b>{html.escape(name)}</b><br>{html.escape(prompt)}</figcaption></figure>"
         for name, prompt, file in made
     )
@@ -107,3 +136,23 @@ def write_page(page: Path, made: list[tuple[str, str, Path]]) -> None:
     )
     text = f'<!DOCTYPE html><meta charset="utf-8"><title>wanloom demo</title><style>{style}</style>\n{figures}\n'
     write_atomic(page, text.encode())
+
+
+def write_sheet(path: Path, made: list[tuple[str, str, Path]]) -> None:
+    """All videos as rows of six frames, at the size of the largest."""
+    import numpy as np
+    from PIL import Image
+
+    from wanloom import media
+
+    clips = [media.read_video(file).frames for _, _, file in made]
+    side = max(clip.shape[1] for clip in clips)
+
+    def grown(frame: np.ndarray) -> np.ndarray:
+        return np.array(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST))
+
+    rows = [
+        (f"{name}: {prompt}", [np.stack([grown(frame) for frame in clip])])
+        for (name, prompt, _), clip in zip(made, clips, strict=True)
+    ]
+    media.contact_sheet(rows, path, scale=1, across=6)

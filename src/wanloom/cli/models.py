@@ -13,6 +13,13 @@ from wanloom.cli.options import Command
 from wanloom.errors import InputError, did_you_mean
 from wanloom.variants import VARIANTS, Variant
 
+# Of which other sizes a model makes videos, by its conditioner; those with a line of their own are made clip by clip.
+OTHER = "others that are multiples of {} work too"
+OTHERS = {
+    "speech": "an area; the shape is the picture's, in multiples of 64",
+    "animate": "the pose video's, multiples of {}",
+}
+
 
 @click.command("models", cls=Command)
 @click.argument("name", required=False, metavar="[NAME]")
@@ -42,7 +49,7 @@ def describe(row: Variant) -> dict[str, Any]:
         "bytes": size(row),
         "present": is_present(row),
         "files": [{"part": file.part, "name": file.name, "bytes": file.bytes} for file in row.files],
-        "images": {image: "needed" if needed else "optional" for image, needed in row.inputs},
+        "inputs": {role: "needed" if needed else "optional" for role, needed in row.inputs},
         "sizes": ["x".join(map(str, pair)) for pair in row.sizes],
         "defaults": {
             "size": "x".join(map(str, defaults.size)),
@@ -103,11 +110,15 @@ def show_one(row: Variant) -> None:
         table.add_row(f"file: {file.part}", f"{file.name}  {bytes_text(file.bytes)}")
     if row.files:
         table.add_row("in all", bytes_text(size(row)))
-    table.add_row("sizes", ", ".join(facts["sizes"]) + f"; others that are multiples of {row.multiple} work too")
-    pictures = [f"--{name.replace('_', '-')} ({need})" for name, need in facts["images"].items()]
-    table.add_row("pictures", ", ".join(pictures) or "none")
-    defaults = {**facts["defaults"], "guidance": " high, ".join(map(str, reversed(row.defaults.guidance))) + " low"}
+    table.add_row("sizes", ", ".join(facts["sizes"]) + f"; {OTHERS.get(row.conditioner, OTHER).format(row.multiple)}")
+    inputs = [f"--{name.replace('_', '-')} ({need})" for name, need in facts["inputs"].items()]
+    table.add_row("inputs", ", ".join(inputs) or "none")
+    low, high = row.defaults.guidance
+    guidance = f"{high} high, {low} low" if len(row.experts) > 1 else f"{low}"
+    defaults = {**facts["defaults"], "guidance": guidance}
     table.add_row("defaults", ", ".join(f"{name} {value}" for name, value in defaults.items()))
+    if row.conditioner in OTHERS:
+        table.add_row("clips", f"the video is made clip by clip; a clip has {row.defaults.frames} frames")
     rich_console().print(table)
 
 

@@ -47,7 +47,8 @@ class Outlook:
 def command(model: str | None, as_json: bool, **params: Any) -> int:
     """What a run would need, what this machine has, and whether it fits: exit code 0 or 5.
 
-    MODEL is a task or a demo model, as in `wanloom models`; all options of `wanloom generate` count.
+    MODEL is a task or a demo model, as in `wanloom models`; all options of `wanloom generate` count. A video that is
+    made clip by clip (s2v, animate) is counted as one clip; s2v as --num-clips of them, where that is given.
     """
     if model is not None:
         if params.get("task") not in (None, model):
@@ -118,12 +119,13 @@ def show(outlook: Outlook) -> None:
 
 
 def headline(plan: Plan) -> str:
-    """'832x480, 81 frames at 16 fps, unipc 40 steps, shift 12, guidance 4 high 3 low'."""
+    """'832x480, 81 frames at 16 fps, unipc 40 steps, shift 12, guidance 4 high 3 low'; with several clips how many."""
     low, high = plan.guidance
     guidance = f"{high:g}" if low == high else f"{high:g} high {low:g} low"
     shift = f", shift {plan.shift:g}" if plan.shift is not None else ""
+    clips = f" in {len(plan.segments)} clips" if len(plan.segments) > 1 else ""
     return (
-        f"{plan.size[0]}x{plan.size[1]}, {plan.frames} frames at {plan.fps} fps, "
+        f"{plan.size[0]}x{plan.size[1]}, {plan.frames} frames{clips} at {float(plan.rate):.4g} fps, "
         f"{plan.sampler} {plan.steps} steps{shift}, guidance {guidance}"
     )
 
@@ -150,18 +152,20 @@ def alternatives(outlook: Outlook) -> Iterator[str]:
     here = by_size.index(outlook.variant) if outlook.variant in by_size else 0
     for row in by_size[here:]:
         small = min(row.sizes, key=lambda size: size[0] * size[1])
+        lengths = (None,) if row.needs("audio") else (row.defaults.frames, 33)  # a sound has a length of its own
         for dtype in dict.fromkeys((outlook.dtype, "bfloat16")):
             for size in dict.fromkeys((row.defaults.size, small)):
-                for frames in (row.defaults.frames, 33):
+                for frames in lengths:
                     request = Request(task=row.name, size=size, frames=frames, dtype=dtype)
                     if not look(request, row).short:
-                        yield f"{row.name} --size {size[0]}x{size[1]} --frames {frames} --dtype {dtype}"
+                        length = "" if frames is None else f" --frames {frames}"
+                        yield f"{row.name} --size {size[0]}x{size[1]}{length} --dtype {dtype}"
     if (name := f"demo-{outlook.variant.task.partition('-')[0]}") in demo.available():
         yield name
 
 
 def _needed(row: Variant) -> list[str]:
-    """The pictures that a model cannot do without."""
+    """The inputs that a model cannot do without."""
     return [name for name, needed in row.inputs if needed]
 
 

@@ -18,12 +18,15 @@ from typing import Any
 from wanloom import budget, demo
 from wanloom.checkpoint.find import Files, resolve
 from wanloom.checkpoint.load import survey
+from wanloom.checkpoint.lora import relighting_file
 from wanloom.cli.options import DEFAULT_TASK, typed_values
 from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, what_is_free
+from wanloom.durable import sha256_file
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.inputs import facts, read_inputs, with_folder
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
 from wanloom.request import OPTIONS, ROLES, Request, request_from_text
+from wanloom.speaking import check_speaker, speak, speech_file
 from wanloom.variants import VARIANTS, Variant, variant_for
 
 PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip", "audio_encoder")
@@ -52,6 +55,7 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     request = with_folder(request)
     variant, demo_name = choose_model(request)
     check_request(request, variant)
+    check_speaker(request, dry_run=dry_run)
     check_machine(request)
     inputs = facts(read_inputs(request))
     request = replace(request, seed=_seed(request))
@@ -59,14 +63,18 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     request = _with_demo_path(request, demo_name)
     files = resolve(variant, **{name: getattr(request, name) for name in PARTS})
     variant = survey(variant, files)
+    relighting_file(request, files)
     plan = make_plan(request, variant, inputs=inputs)
+    outputs = output_files(request, plan) if resume is None else _outputs_of(resume, typed)
+    if request.tts_text is not None:
+        request = _spoken(request, outputs)
+        plan = make_plan(request, variant, inputs=facts(read_inputs(request)))
     if replayed is not None:
         _check_replay(plan, replayed, typed)
     for note in plan.notes:
         warnings.warn(WanloomWarning(note), stacklevel=2)
-    if demo_name is not None:
+    if demo_name is not None and not plan.in_clips:
         _warn_of_unknown_words(plan.prompt)
-    outputs = output_files(request, plan) if resume is None else _outputs_of(resume, typed)
     on_gpu = runs_on_gpu(request)
     need = budget.need(plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu)
     have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
@@ -109,14 +117,12 @@ def plan_inside(video: Path) -> Plan:
 
 
 def _find_input(item: Input, given: Any, video: Path) -> Path:
-    """The picture that a Plan was made from: the one given, or one of that name beside the video or here."""
-    from wanloom.media import read_picture
-
+    """The file that a Plan was made from: the one given, or one of that name beside the video or here."""
     role, option = item.role, "--" + item.role.replace("_", "-")
     places = [Path(given)] if given is not None else [video.parent / item.name, Path(item.name)]
     there = [place for place in places if place.is_file()]
     for place in there:
-        if read_picture(place, role).sha256 == item.sha256:
+        if sha256_file(place) == item.sha256:
             return place
     if there or given is not None:
         raise InputError(
@@ -164,6 +170,19 @@ def _model_in(folder: Path) -> Variant:
     if len(names) > 1 and DEFAULT_TASK not in names:
         raise InputError("E2002", f"task: {folder} can be {' or '.join(names)}. Say which with --task.")
     return VARIANTS[DEFAULT_TASK if len(names) != 1 else names[0]]
+
+
+def _spoken(request: Request, outputs: tuple[Path, ...]) -> Request:
+    """The request with its text spoken, and said so; but first whether the videos themselves can be written."""
+    from wanloom import media
+    from wanloom.cli.console import say
+
+    for path in outputs:
+        media.check_output(path, overwrite=request.overwrite)
+    speech = speech_file(outputs[0])
+    request = speak(request, speech)
+    say(f"spoken: {speech}")
+    return request
 
 
 def _with_demo_path(request: Request, demo_name: str | None) -> Request:

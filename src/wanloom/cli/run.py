@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from wanloom.results import Event, Result
 
 
+CLIPS = "clips"  # one stage for videos made clip by clip: it counts denoising steps, decoding comes between them
+
+
 def make(run: Prepared) -> Result:
     """Make the videos of a prepared run. Errors: those of `Pipeline.stream`, Interrupted (exit 7) among them."""
     started = time.monotonic()
@@ -68,14 +71,15 @@ def show(event: Event, stage: str, view: View) -> str:
         view.line(event.message)
     if event.stage == "done":
         return stage
-    if event.stage != stage:
-        view.stage(event.stage, event.steps if event.steps > 1 else None, event.step)
-    elif event.steps > 1:
+    name = event.stage if event.clip is None else CLIPS
+    if name != stage:
+        view.stage(name, event.steps if event.steps > 1 else None, event.step)
+    elif event.steps > 1 and not (name == CLIPS and event.stage == "decode"):
         view.step(event.step, event.peak_gpu or event.peak_host)
     if event.film is not None and view.shows_pictures:
         film = event.film()
         view.preview(film.width, film.height, film.frames[event.step % len(film.frames)])
-    return event.stage
+    return name
 
 
 def opening(run: Prepared) -> list[str]:

@@ -5,7 +5,8 @@ as a first latent frame of its own, then the frames that are given.  Animated wh
 of the clip before, and grey; put into a scene (replacement), the scene without the person, and a mask of where it was.
 The drawn pose is added to the tokens, the driver's face is read by the face adapter, CLIP sees the picture.
 
-Source: official wan/animate.py.  Masks are cut at one half, where the reference divides by 255 what a lossy video left.
+Source: official wan/animate.py.  Masks are cut at one half, where the reference divides by 255 what a lossy video left;
+a picture that is scaled down is averaged, where the reference leaves out pixels.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from wanloom.conditioning import Conditioning, text
 from wanloom.conditioning.image import encode_frames, to_tensor
 from wanloom.encoders import encode_image
 from wanloom.errors import InputError
-from wanloom.inputs import VideoFile
+from wanloom.inputs import INSIDE, VideoFile
 from wanloom.media import Frames, Picture
 from wanloom.parts import Parts
 from wanloom.plan import Plan, Segment
+from wanloom.preprocess.crops import letterbox
 
 
 def condition(parts: Parts, plan: Plan, media: Mapping[str, Any]) -> Conditioning:
     """What all clips share: text, CLIP's view `image` of the picture, and its latent `reference` [1, C, 1, h, w]."""
     conditioning = text.condition(parts, plan, media)
     picture: Picture = media["image"]
-    view = to_tensor(letterbox(picture.pixels, plan.size))[None]
+    view = to_tensor(letterbox(picture.size, plan.size).image(picture.pixels))[None]
     with parts.use("clip") as tower:
         seen = encode_image(tower, view.to(tower.embeddings.patch_embedding.weight))
     with parts.use("vae") as vae:
@@ -105,17 +107,16 @@ class Clips:
             yield torch.stack([to_tensor(squeeze(frame, size)) for frame in frames], 1)[None]
 
     def _masks(self) -> Iterator[Tensor]:
-        """Where the character is put, for each clip: [1, 1, frames, h, w] of 0 and 1.  Error: E3020 if it is nowhere."""
-        seen = False
+        """Where the character is put, for each clip: [1, 1, frames, h, w] of 0 and 1."""
         for frames in self._windows(self.media["mask_video"]):
-            masks = torch.stack([torch.from_numpy(frame[..., 0] >= 128) for frame in frames]).float()[None, None]
-            seen = seen or bool(masks.any())
+            masks = torch.stack([torch.from_numpy(frame[..., 0] >= INSIDE) for frame in frames]).float()[None, None]
             yield F.interpolate(masks, (self.frames, *self.plan.latent[2:]), mode="nearest")
-        if not seen:
-            raise InputError("E3020", "mask-video: it is empty in all frames. Give the mask of the person to replace.")
 
     def _windows(self, video: VideoFile) -> Iterator[list[Frames]]:
-        """For each clip the frames it is made from; the video is read once, and only what may come again is kept."""
+        """For each clip the frames it is made from; the video is read once, and only what may come again is kept.
+
+        Error: E3009 when fewer frames can be decoded than the file says it has.
+        """
         count = self.plan.input("pose_video").frames  # type: ignore[union-attr]  # animate has one
         kept: dict[int, Frames] = {}
         with video.open() as opened:
@@ -123,10 +124,15 @@ class Clips:
             for segment in self.plan.segments:
                 wanted = [ping_pong(segment.start + i, count) for i in range(self.frames)]
                 while max(wanted) not in kept:
-                    number, frame = next(source)
+                    number, frame = next(source, (count, None))
+                    if frame is None:
+                        said = f"{video.role}: {video.name} ends before frame {max(wanted) + 1} of {count}."
+                        raise InputError("E3009", f"{said} Save it again.")
                     kept[number] = frame
                 yield [kept[i] for i in wanted]
-                oldest = segment.start - self.frames  # the way back at the end goes no further
+                # The next clip has a frame that this one has not, so its way back from the end stops after what this
+                # one shares with the clip before.
+                oldest = segment.start + min(self.keep, self.frames - self.keep)
                 for i in [i for i in kept if i < oldest]:
                     del kept[i]
 
@@ -149,17 +155,3 @@ def squeeze(frame: Frames, size: tuple[int, int]) -> Frames:
     from PIL import Image
 
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
-
-
-def letterbox(pixels: Frames, size: tuple[int, int]) -> Frames:
-    """The whole picture in the middle of size (w, h), the rest black: [h, w, 3]."""
-    from PIL import Image
-
-    height, width = pixels.shape[:2]
-    scale = min(size[0] / width, size[1] / height)
-    scaled = round(width * scale), round(height * scale)
-    out = Image.new("RGB", size)
-    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-    picture = Image.fromarray(pixels).resize(scaled, resampling)
-    out.paste(picture, ((size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2))
-    return np.array(out)

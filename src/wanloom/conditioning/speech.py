@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanloom.clips import AUDIO_RATE, FEATURE_RATE, features_of, states_of
+from wanloom.clips import AUDIO_RATE, FEATURE_RATE, features_of, in_windows, states_of
 from wanloom.conditioning import Conditioning, text
 from wanloom.conditioning.image import encode_frames, to_tensor
 from wanloom.encoders import encode_audio, normalise
@@ -25,7 +25,6 @@ from wanloom.models.config import AudioConfig
 from wanloom.parts import Parts
 from wanloom.plan import Plan, Segment
 
-WHOLE = 60  # seconds of sound that are encoded at once
 CONTEXT = 5  # seconds that a window hears on both sides of its own
 PICTURES = 6  # frames of a past that is the picture itself (official `init_first_frame`)
 HOP = 320  # samples from one hidden state to the next
@@ -85,7 +84,7 @@ class Clips:
         with self.parts.use("audio") as model:
             states = States(model, sound.wave, config, self.speech.window, normed=self.speech.last_state == "normed")
             for segment in self.plan.segments:
-                yield features_at(states, self.plan.fps, segment.start, frames).float().cpu()
+                yield features_at(states, self.plan.fps, segment.start, frames)
 
     def _poses(self) -> Iterator[dict[str, Tensor]]:
         """Pose latents of each clip; nothing when there is no pose video.  Frames behind its end are black."""
@@ -140,8 +139,13 @@ def _centre(pixels: Frames, scaled: tuple[int, int], size: tuple[int, int]) -> F
     from PIL import Image
 
     image = Image.fromarray(pixels).resize(scaled, Image.Resampling.BILINEAR)
-    left, top = (round((have - want) / 2) for have, want in zip(scaled, size, strict=True))
+    left, top = (_margin(have, want) for have, want in zip(scaled, size, strict=True))
     return np.array(image.crop((left, top, left + size[0], top + size[1])))  # beyond the picture: black
+
+
+def _margin(have: int, want: int) -> int:
+    """Where the middle begins; of an odd strip the smaller half is in front, as torchvision's CenterCrop has it."""
+    return round((have - want) / 2) if have > want else -((want - have) // 2)
 
 
 # ---------------------------------------------------------------- sound
@@ -158,8 +162,7 @@ class States:
         self.model, self.normed = model, normed
         self.wave = normalise(torch.from_numpy(wave))
         self.count = states_of(len(wave), config)
-        whole = window == 0 or len(wave) <= WHOLE * AUDIO_RATE
-        self.step = self.count if whole else window * AUDIO_RATE // HOP
+        self.step = window * AUDIO_RATE // HOP if in_windows(len(wave), window) else self.count
         self.shape = config.layers + 1, config.dim
         self._number, self._states = -1, torch.empty(0)
 
@@ -167,6 +170,7 @@ class States:
         """State set `number`, [S, A]."""
         window, place = divmod(number, self.step)
         if window != self._number:
+            self._states = torch.empty(0)  # let go of before the next one is made
             self._number, self._states = window, self._encode(window)
         return self._states[:, place]
 
@@ -176,7 +180,7 @@ class States:
         start = max(0, first - margin)
         stop = len(self.wave) if last + margin >= self.count else (last + margin) * HOP
         states = encode_audio(self.model, self.wave[start * HOP : stop], last_normed=self.normed, normalised=True)
-        return states[:, first - start : last - start]
+        return states[:, first - start : last - start].to(self.wave).contiguous()
 
 
 def features_at(states: States, fps: int, start: int, frames: int) -> Tensor:

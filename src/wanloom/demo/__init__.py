@@ -17,6 +17,8 @@ EXAMPLES = {
     "demo-t2v": "a red circle bounces on a sand background",
     "demo-i2v": "a purple star moves right on a sky background",
     "demo-ti2v": "a green heart grows on a white background",
+    "demo-s2v": "a person speaks",
+    "demo-animate": "a person dances",
 }
 MODELS = Path(__file__).resolve().parent / "models"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from wanloom.media.muxing import add_sound, can_carry_sound, has_sound
 from wanloom.media.pictures import Frames, Picture, cover_crop, decode_image, read_image, read_picture, read_regular
 from wanloom.media.reading import Clip, VideoReader, read_comment, read_video
+from wanloom.media.sheets import contact_sheet
 from wanloom.media.sound import Sound, read_sound
 from wanloom.media.tts import Speaker, speak
 from wanloom.media.writing import CODECS, Codec, VideoWriter, check_output, save_video, try_encoder
@@ -28,6 +29,7 @@ __all__ = [
     "add_sound",
     "can_carry_sound",
     "check_output",
+    "contact_sheet",
     "cover_crop",
     "decode_image",
     "has_sound",

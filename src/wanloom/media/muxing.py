@@ -48,13 +48,14 @@ def has_sound(path: str | Path, role: str = "video") -> bool:
 
 
 def add_sound(
-    video: str | Path, sound: str | Path, out: str | Path, *, start: float = 0.0, overwrite: bool = True
-) -> Path:
+    video: str | Path, sound: str | Path, out: str | Path, *, start: float = 0.0, whole: bool = False,
+    overwrite: bool = True,
+) -> Path:  # fmt: skip
     """Write to `out` the picture of `video` with the sound of another file, from `start` seconds on; the path.
 
     It ends with the shorter of the two: the sound to one frame of its codec, the picture with the last frame that
-    begins before, and those it refers to (up to three with H.264).  `out` may be `video` itself; it appears complete
-    or not at all.
+    begins before, and those it refers to (up to three with H.264).  whole=True keeps the picture to its end, after that
+    of the sound.  `out` may be `video` itself; it appears complete or not at all.
 
     Errors: those of `VideoReader` and `read_sound` for the two files, E5001 to E5003 for the place, E5006 when the
     suffix of `out` or FFmpeg refuses.
@@ -69,7 +70,7 @@ def add_sound(
     if end <= 0:
         raise _failed(out, f"{sound.name} has {float(heard.length):.2f} s, nothing is left from {start:.2f} s on")
     with atomic_path(out, overwrite=overwrite) as temporary, _errors(out):
-        _mux(seen, heard, temporary, Fraction(start), end)
+        _mux(seen, heard, temporary, Fraction(start), end, seen.length if whole else end)
     return out
 
 
@@ -94,7 +95,8 @@ class _Track:
             yield container, self._choose(container, self.name)
 
 
-def _mux(seen: _Track, heard: _Track, path: Path, start: Fraction, end: Fraction) -> None:
+def _mux(seen: _Track, heard: _Track, path: Path, start: Fraction, end: Fraction, picture_end: Fraction) -> None:
+    """Both tracks into a new file, from the beginning of the picture and from `start` of the sound."""
     import av
 
     copied, encoder, bits = CARRIERS[path.suffix.lower()]
@@ -110,7 +112,7 @@ def _mux(seen: _Track, heard: _Track, path: Path, start: Fraction, end: Fraction
             track.bit_rate = bits
             sound = _encoded_sound(voice, track, start, end)
         made.start_encoding()
-        for packet in heapq.merge(_copied_picture(seen, shots, picture, end), sound, key=_moment):
+        for packet in heapq.merge(_copied_picture(seen, shots, picture, picture_end), sound, key=_moment):
             made.mux(packet)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from wanloom.durable import atomic_path, refuse_target
 from wanloom.errors import InputError, did_you_mean
 from wanloom.media.pictures import PNG, Frames, png_chunks
+from wanloom.runtime import machine
 
 # ---------------------------------------------------------------- before the work
 
@@ -155,6 +156,15 @@ CODECS = {
 }
 
 
+def _same_bytes(codec: str) -> dict[str, str]:
+    """What a codec needs to make the same file of the same frames in every process.
+
+    With AVX-512 x264 (build 165) reads memory that it never wrote when it looks ahead (mb-tree), and what lies there
+    decides the bytes; without mb-tree files would be a quarter larger.
+    """
+    return {"x264-params": "asm=avx2"} if codec == "libx264" and "AVX-512" in machine.cpu().features else {}
+
+
 class CodecSink:
     """H.264 or VP9 in a container, by PyAV."""
 
@@ -196,11 +206,13 @@ class CodecSink:
         to_file = isinstance(self._target, Path)
         # the index first, so that a browser shows the video while it loads
         faststart = {"movflags": "faststart"} if to_file and self._codec.container == "mp4" else {}
+        # Matroska and WebM get a random number otherwise.
+        same = {} if self._codec.container == "mp4" else {"fflags": "+bitexact"}
         target = str(self._target) if to_file else self._target
-        self._container = av.open(target, "w", format=self._codec.container, options=faststart)
+        self._container = av.open(target, "w", format=self._codec.container, options=faststart | same)
         if self._comment:
             self._container.metadata["comment"] = self._comment
-        options = {"crf": self._factor, **dict(self._codec.options)}
+        options = {"crf": self._factor, **dict(self._codec.options), **_same_bytes(self._codec.codec)}
         self._stream = self._container.add_stream(self._codec.codec, rate=Fraction(self._fps), options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         context = self._stream.codec_context

@@ -1,6 +1,6 @@
 """The card of a demo model: what it was trained on and how, and what the judge says of what it makes.
 
-    python -m wanloom.train.card CHECKPOINT VARIANT [RUN ...]
+    python -m wanloom.train.card CHECKPOINT VARIANT [RUN ...] [--real=SPEECH.wav]
 
 Figures are over 200 held-out one-object prompts (`world.examples`), seed = index, default steps, through the pipeline
 that everybody uses; the sheet shows the first 40 prompts, not chosen ones.  Proportions have Wilson's 95 % interval.  A
@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +28,11 @@ import wanloom
 from wanloom.demo.judge import judge
 from wanloom.demo.world import Clip, examples, first_frame, render
 from wanloom.durable import sha256_file, write_atomic
+from wanloom.media.sheets import contact_sheet
+from wanloom.train import people_card
 from wanloom.train.data import to_video
 from wanloom.train.export import seconds_trained
 from wanloom.train.flow import load_vae
-from wanloom.train.report import sheet
 from wanloom.train.vae import to_frames
 from wanloom.variants import VARIANTS
 
@@ -42,6 +44,14 @@ FLOORS_TEXT = {
 FLOORS_IMAGE = {"first_frame_db": (28.0, 32.0), "image_motion": (0.90, 0.97)}
 FLOORS_ALL = {"vae_db": (32.0, 36.0)}
 MOST_SECONDS, MOST_BYTES = 3.0, 15_000_000
+CEILINGS = {
+    "demo-s2v": {"seconds": 30.0, **people_card.CEILINGS_SPEECH},
+    "demo-animate": {"seconds": 30.0, **people_card.CEILINGS_DANCE},
+}
+DATA = {
+    "demo-s2v": "drawn heads and synthetic voices (wanloom.demo.talk, .voices); held-out heads never trained on",
+    "demo-animate": "drawn figures that dance (wanloom.demo.dance); held-out clothes never trained on",
+}
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
@@ -132,22 +142,44 @@ def marks(frames: np.ndarray, clip: Clip, prefix: str) -> dict[str, float]:
     return {prefix + name: float(value) for name, value in found.items()}
 
 
-def shortfalls(figures: dict[str, Any], bytes_: int, floors: dict[str, tuple[float, float]]) -> list[str]:
-    """Which floors are missed, in words."""
+def shortfalls(
+    figures: dict[str, Any],
+    bytes_: int,
+    floors: dict[str, tuple[float, float]],
+    ceilings: dict[str, float] | None = None,
+) -> list[str]:
+    """Which floors are missed, and what is above its ceiling, in words."""
     missed = [
         f"{name} {figures[name]['mean']:g} (at least {least:g})"
         for name, (least, _) in floors.items()
         if figures[name]["mean"] < least
     ]
-    if figures["seconds"]["mean"] > MOST_SECONDS:
-        missed.append(f"seconds {figures['seconds']['mean']:g} (at most {MOST_SECONDS:g})")
+    for name, most in {"seconds": MOST_SECONDS, **(ceilings or {})}.items():
+        if figures[name]["mean"] > most:
+            missed.append(f"{name} {figures[name]['mean']:g} (at most {most:g})")
     if bytes_ > MOST_BYTES:
         missed.append(f"size {bytes_} bytes (at most {MOST_BYTES})")
     return missed
 
 
-def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -> dict[str, Any]:
-    """Judge the checkpoint, write card.json, README.md and sheets beside it; returns the card."""
+def judged_people(checkpoint: Path, name: str, count: int, real: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures and floors of demo-s2v or demo-animate, over so many held-out cases; the sheet is written."""
+    speech = VARIANTS[name].conditioner == "speech"
+    pipe = wanloom.load(checkpoint, task=name)
+    with tempfile.TemporaryDirectory() as folder:
+        if speech:
+            found, rows = people_card.speech_figures(pipe, count, Path(folder), real)
+        else:
+            found, rows = people_card.dance_figures(pipe, count, Path(folder))
+    table = Table()
+    for figures in found:
+        table.add(**figures)
+    contact_sheet(rows[:24], checkpoint / "sheets" / ("speech.png" if speech else "dance.png"), scale=1)
+    return table.summary(), people_card.FLOORS_SPEECH if speech else people_card.FLOORS_DANCE
+
+
+def judged_shapes(checkpoint: Path, name: str, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures and floors of a model of moving shapes, over so many held-out prompts; the sheets are written."""
     variant = VARIANTS[name]
     text = variant.conditioner != "image"
     image = bool(variant.inputs)
@@ -163,16 +195,31 @@ def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -
         table, rows = generated(pipe, wanted_clips, checkpoint, image=from_image, objects=objects)
         summary = table.summary()
         figures |= {k: v for k, v in summary.items() if k != "seconds" or "seconds" not in figures}
-        sheet(rows[:40], sheets / f"{mode}.png", scale=1)
+        contact_sheet(rows[:40], sheets / f"{mode}.png", scale=1)
     (checkpoint / "first.png").unlink(missing_ok=True)
+    return figures, floors
+
+
+def make_card(
+    checkpoint: Path, name: str, runs: list[Path], count: int | None = None, real: Path | None = None
+) -> dict[str, Any]:
+    """Judge the checkpoint, write card.json, README.md and sheets beside it; returns the card.
+
+    count: of cases (default: 200 prompts; 100 of people).  real: a file of real speech, for demo-s2v.
+    """
+    people = VARIANTS[name].conditioner in ("speech", "animate")
+    figures, floors = (
+        judged_people(checkpoint, name, count or 100, real) if people else judged_shapes(checkpoint, name, count or 200)
+    )
     files = sorted(checkpoint.rglob("*.safetensors"))
     weights = sum(p.stat().st_size for p in files)
-    missed = shortfalls(figures, weights, floors)
+    ceilings = CEILINGS.get(name, {})
+    missed = shortfalls(figures, weights, floors, ceilings)
     card = {
         "name": name,
         "status": "smoke-test" if missed else "demo",
         "missed": missed,
-        "data": "procedural clips of wanloom.demo.world; held-out combinations never trained on",
+        "data": DATA.get(name, "procedural clips of wanloom.demo.world; held-out combinations never trained on"),
         "recipes": [f"recipes/{run.name}.toml" for run in runs],
         "training_seconds": {run.name: round(seconds_trained(run)) for run in runs},
         "weights_bytes": weights,
@@ -183,6 +230,7 @@ def make_card(checkpoint: Path, name: str, runs: list[Path], count: int = 200) -
         "date": time.strftime("%Y-%m-%d"),
         "figures": figures,
         "floors": {k: list(v) for k, v in floors.items()},
+        "ceilings": ceilings,
     }
     write_atomic(checkpoint / "card.json", (json.dumps(card, indent=1) + "\n").encode())
     write_atomic(checkpoint / "README.md", words_of(card).encode())
@@ -205,6 +253,8 @@ def words_of(card: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, f in card["figures"].items():
         floor = card["floors"].get(name, ["", ""])
+        if name in card["ceilings"]:
+            floor = [f"(at most {card['ceilings'][name]:g})", ""]
         lines.append(
             f"| {name} | {f['mean']:g} | {f['low']:g} to {f['high']:g} | {f['of']} | {floor[0]} | {floor[1]} |"
         )
@@ -212,5 +262,7 @@ def words_of(card: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    made = make_card(Path(sys.argv[1]), sys.argv[2], [Path(run) for run in sys.argv[3:]])
+    speech = [Path(a.removeprefix("--real=")) for a in sys.argv[3:] if a.startswith("--real=")]
+    folders = [Path(a) for a in sys.argv[3:] if not a.startswith("--")]
+    made = make_card(Path(sys.argv[1]), sys.argv[2], folders, real=speech[0] if speech else None)
     print(json.dumps({"status": made["status"], "missed": made["missed"]}, indent=1))

@@ -11,36 +11,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from wanloom.conditioning.animate import with_mask
 from wanloom.demo import dance
+from wanloom.demo.cases import FACE, faces
 from wanloom.demo.figures import dressed_figure
 from wanloom.encoders import build_clip, encode_image
 from wanloom.train.data import HELD_OUT, LatentCache, cached, stream, to_video
 from wanloom.train.objective import FlowBatch
 from wanloom.train.people import DANCES, PeopleTask, stack
 from wanloom.train.vae import psnr, to_frames
-
-FACE = 16  # pixels a side in which faces are cached; they are shown larger
-
-
-def head_pictures(video: np.ndarray, pose: dance.Pose) -> np.ndarray:
-    """The driver's face in each frame, cut out around the head: uint8 [F, 16, 16, 3]."""
-    size, reach = video.shape[1], 7.0
-    out = []
-    for frame, x, y in zip(video, *pose["head"], strict=True):
-        box = tuple(float(v) * size / 64 for v in (x - reach, y - reach, x + reach, y + reach))
-        out.append(
-            np.array(Image.fromarray(frame).resize((FACE, FACE), Image.Resampling.BILINEAR, box=_inside(box, size)))
-        )
-    return np.stack(out)
-
-
-def _inside(box: tuple[float, ...], size: int) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = (min(max(v, 0.0), float(size)) for v in box)
-    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
 class DanceTask(PeopleTask):
@@ -94,7 +75,7 @@ class DanceTask(PeopleTask):
         )
         y = torch.cat((with_mask(reference, torch.ones_like(mask[:, :, :1])), with_mask(behind, mask)), 2)
         driver = dance.sample_person(stream(self.recipe.seed, purpose, i, 1))
-        face = head_pictures(dressed_figure(driver, what.pose, size=self.size), what.pose)
+        face = faces(dressed_figure(driver, what.pose, size=self.size), what.pose)
         return {
             "latents": torch.cat((reference, latents), 2)[0].bfloat16(),
             "y": y[0].bfloat16(),

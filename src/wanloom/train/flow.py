@@ -24,6 +24,7 @@ from wanloom.demo.judge import judge
 from wanloom.demo.world import VOCABULARY, caption
 from wanloom.durable import sha256_file
 from wanloom.encoders import Tokenizer, build_umt5
+from wanloom.media.sheets import contact_sheet
 from wanloom.models.adapters import build_dit
 from wanloom.models.config import DiTConfig
 from wanloom.models.dit import DiT, init_for_training, rope_table
@@ -47,7 +48,6 @@ from wanloom.train.data import (
 from wanloom.train.objective import FlowBatch, flow_loss, sample_sigmas
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Phase, Recipe, Stage
-from wanloom.train.report import sheet
 from wanloom.train.vae import to_frames
 from wanloom.train.words import SPECIAL, write_tokenizer
 from wanloom.variants import VARIANTS
@@ -239,7 +239,7 @@ class FlowTask:
         self.ranks.sum_(totals)
         if rows and self.ranks.first:
             kind = "image-" if given else ""
-            sheet(rows[:16], self.folder / "sheets" / f"{phase.name}-{kind}{step:06d}.png", scale=2)
+            contact_sheet(rows[:16], self.folder / "sheets" / f"{phase.name}-{kind}{step:06d}.png", scale=2)
         names = ("background", "colour", "shape", "motion", "all_right", "iou")
         return {n: round(float(v), 3) for n, v in zip(names, totals[1:] / totals[0], strict=True)}
 

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanloom.demo import cases
+from wanloom.media.sheets import contact_sheet
 from wanloom.train.data import BATCH, CAPTIONS, NOISE, LatentCache, stream, torch_stream
 from wanloom.train.flow import FlowTask
 from wanloom.train.objective import flow_loss, sample_sigmas
 from wanloom.train.recipe import Phase, Stage
-from wanloom.train.report import sheet
 
 # All that these models are told in words.
 SPEAKS = (
-    "a person speaks", "somebody is speaking", "a head talks to us", "a person says something", "the person is talking",
+    cases.SPEAKS, "somebody is speaking", "a head talks to us", "a person says something", "the person is talking",
 )  # fmt: skip
-DANCES = ("a person dances", "somebody is moving", "a figure dances in a room", "the person is dancing")
+DANCES = (cases.DANCES, "somebody is moving", "a figure dances in a room", "the person is dancing")
 
 
 class PeopleTask(FlowTask):
@@ -100,7 +101,7 @@ class PeopleTask(FlowTask):
             rows.append((f"{name} {i}", [self.shown(i), video]))
         self.ranks.sum_(marks)
         if rows and self.ranks.first:
-            sheet(rows[:12], self.folder / "sheets" / f"{phase.name}-{name}-{step:06d}.png", scale=1)
+            contact_sheet(rows[:12], self.folder / "sheets" / f"{phase.name}-{name}-{step:06d}.png", scale=1)
         return {n: round(float(v), 3) for n, v in zip(self.seen, marks[1:] / marks[0], strict=True)}
 
     seen: tuple[str, ...] = ()

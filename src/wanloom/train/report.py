@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 
 class Log:
     """`log.jsonl` of a run; one object a line, appended and flushed."""
@@ -28,24 +25,6 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
-
-
-def sheet(rows: list[tuple[str, list[np.ndarray]]], path: Path, scale: int = 2) -> None:
-    """A picture of clips: one row each, its caption above, five frames from first to last; uint8 [F, H, W, 3]."""
-    height, width = rows[0][1][0].shape[1:3]
-    across = len(rows[0][1]) * 5
-    line, cell = 14, (width * scale + 2, height * scale + 2)
-    page = Image.new("RGB", (across * cell[0], len(rows) * (cell[1] + line)), "white")
-    draw = ImageDraw.Draw(page)
-    for r, (text, clips) in enumerate(rows):
-        top = r * (cell[1] + line)
-        draw.text((2, top + 1), text, fill="black")
-        for c, clip in enumerate(clips):
-            for k, f in enumerate(np.linspace(0, len(clip) - 1, 5).round().astype(int)):
-                picture = Image.fromarray(clip[f]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-                page.paste(picture, ((c * 5 + k) * cell[0], top + line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)  # a quarter of the bytes, and looks alike
 
 
 def plot(log: Path, picture: Path) -> None:

@@ -20,6 +20,7 @@ from wanloom.demo.judge import judge
 from wanloom.demo.talk import correlation, observe
 from wanloom.demo.world import caption
 from wanloom.errors import InputError
+from wanloom.media.sheets import contact_sheet
 from wanloom.models.vae import CausalVae, init_for_training
 from wanloom.train.data import (
     HELD_OUT,
@@ -34,7 +35,6 @@ from wanloom.train.data import (
 from wanloom.train.objective import vae_loss
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Phase, Recipe, Stage
-from wanloom.train.report import sheet
 from wanloom.variants import VARIANTS
 
 # Principal directions weaker than this (variance, un-normalised) stay weak when whitened: they are below the noise that
@@ -127,7 +127,7 @@ class VaeTask:
             rows.append((text, [pixels, to_frames(out), to_frames(noisy)]))
         self.ranks.sum_(spread)
         if picture and rows and self.ranks.first:
-            sheet(rows[:12], self.folder / "sheets" / f"{phase.name}-{step:06d}.png", scale=1)
+            contact_sheet(rows[:12], self.folder / "sheets" / f"{phase.name}-{step:06d}.png", scale=1)
         self.ranks.sum_(sums)
         report = {name: round(float(total / max(n, 1)), 4) for name, total, n in zip(names, *sums, strict=True)}
         return {**report, "latent_std": [round(float(v) / self.recipe.watch.prompts, 3) for v in spread]}

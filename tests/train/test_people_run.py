@@ -1,0 +1,137 @@
+"""A few steps of everything that makes the demo models of people, from voices to a checkpoint that generates."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wanloom
+from wanloom.demo import talk
+from wanloom.train import people_card
+from wanloom.train.audio import heard
+from wanloom.train.card import make_card
+from wanloom.train.dance import DanceTask
+from wanloom.train.loop import run
+from wanloom.train.ranks import Ranks
+from wanloom.train.recipe import Recipe, read_recipe
+from wanloom.train.speech import SpeechTask
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def short(name: str, folder: Path, **data: Any) -> Path:
+    """The recipe `name` with one phase of two steps, alone, uncompiled, on few clips; its file."""
+    table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    table |= {"processes": 1, "compile": False, "data": {**table.get("data", {}), **data}}
+    table["watch"] |= {"prompts": 1, "log": 1, "save": 1, "sheet": 2, "loss": 2, "sampler_steps": 2}
+    phase = next(p for p in table["phases"] if p["name"] in ("pictures", "voices", "model"))
+    phase["stages"] = [phase["stages"][0] | {"steps": 2, "batch": 2}]
+    table["phases"] = [phase]
+    for part in ("vae", "audio", "start"):
+        if part in table:
+            table[part] = str(folder / table[part])
+    path = folder / f"{name}.json"
+    path.write_text(Recipe.model_validate(table).model_dump_json())
+    toml = folder / f"{name}.toml"
+    toml.write_text(_toml(json.loads(path.read_text())))
+    return toml
+
+
+def _toml(table: dict[str, Any], prefix: str = "") -> str:
+    """Enough of TOML for a recipe: inline tables everywhere."""
+
+    def value(item: Any) -> str:
+        if isinstance(item, dict):
+            return "{ " + ", ".join(f"{k} = {value(v)}" for k, v in item.items() if v is not None) + " }"
+        if isinstance(item, list):
+            return "[" + ", ".join(value(v) for v in item) + "]"
+        return json.dumps(item)
+
+    return "\n".join(f"{k} = {value(v)}" for k, v in table.items() if v is not None) + "\n"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VAEs of heads and of figures and the audio encoder, two steps old; not to be changed."""
+    folder = tmp_path_factory.mktemp("people")
+    for name in ("demo-vae-talk", "demo-vae-dance", "demo-audio"):
+        run(short(name, folder, clips=4), folder / "runs")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["demo-s2v", "demo-animate"])
+def test_a_trained_model_generates_and_gets_a_card(name: str, runs: Path) -> None:
+    run(short(name, runs, clips=4, held_out=4), runs / "runs")
+    home = runs / "runs" / name
+    checkpoint = home / "checkpoint"
+    assert wanloom.load(checkpoint, task=name).variant.name == name
+    card = make_card(checkpoint, name, [home], count=2)
+    assert card["status"] == "smoke-test" and card["figures"]["seconds"]["of"] == 2
+    assert any(entry.startswith(("mouth", "distance")) for entry in card["missed"])
+    assert (checkpoint / "sheets").is_dir()
+
+
+def test_samples_of_speech_are_what_the_pipeline_will_have(runs: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(short("demo-s2v", runs, clips=4, held_out=4))
+    task = SpeechTask(recipe, Ranks(), tmp_path)
+    first, later = task.kinds(task.clips)
+    assert first == [0, 2] and later == [1, 3]
+    batch = task.batch(task.clips, first, task.encode([""] * 2))
+    assert "motion" not in batch.inputs and batch.x0.shape == (2, 16, 5, 8, 8)
+    batch = task.batch(task.clips, later, task.encode([""] * 2))
+    assert batch.inputs["motion"].shape == (2, 16, 19, 8, 8)
+    dropped = task.without(dict(batch.inputs), torch.tensor([True, False]))
+    assert not dropped["audio"][0].any() and dropped["audio"][1].any()
+    who, _, mouth, clip = task._scene(0, 1)
+    past = torch.cat((torch.zeros(3, 73, 64, 64), to_video(talk.speak(who, mouth, fps=16)[3:-20])), 1)[:, -73:]
+    motion, _ = task.vae.encode(past[None])
+    scene = task._sample_tensors(0, 1)
+    assert clip > 0
+    torch.testing.assert_close(scene["motion"].float(), motion[0].float(), atol=0.05, rtol=0.05)
+
+
+def to_video(frames: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(127.5).sub(1)
+
+
+def test_samples_of_dances_are_what_the_pipeline_will_have(runs: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(short("demo-animate", runs, clips=6, held_out=2))
+    task = DanceTask(recipe, Ranks(), tmp_path)
+    batch = task.batch(task.clips, [0, 1, 2, 3], task.encode([""] * 4))
+    assert batch.x0.shape == (4, 16, 6, 8, 8) and batch.inputs["y"].shape == (4, 20, 6, 8, 8)
+    assert batch.inputs["face"].shape == (4, 3, 17, 64, 64)
+    masks = batch.inputs["y"][:, :4]
+    assert set(masks.unique().tolist()) <= {0.0, 1.0} and masks[:, :, 0].all()
+    for i in range(4):
+        _, room, known = task.scene(0, i)
+        assert masks[i, :, 1].all() == (known > 0)
+        if known == 5:
+            assert masks[i, :, 2].all()
+        if room is None and known == 0:
+            assert not masks[i, :, 1:].any()
+
+
+def test_the_probe_is_told_of_loudness() -> None:
+    wave = np.zeros(16_000, np.float32)
+    wave[8000:] = np.sin(np.arange(8000) * 0.3)
+    said = heard(wave, 49)
+    assert said.shape == (49, 5) and said[:20, 0].max() == 0 and said[30:, 0].min() > 0.9
+    assert (said[30:, 1:].mean(0) > said[:20, 1:].mean(0)).any()
+
+
+def test_a_head_that_speaks_as_it_should_is_judged_so() -> None:
+    who = talk.sample_talk(np.random.default_rng(0), split="held_out")
+    from wanloom.demo.voices import opening, sample_voice
+
+    sound = sample_voice(np.random.default_rng(1), 4.0)
+    frames = talk.speak(who, opening(sound, 64), fps=16)[3:]
+    verdict = people_card.spoken(frames, sound, who)
+    assert verdict.correlation > 0.95 and abs(verdict.lag) <= 1 and verdict.colours
+    late = people_card.spoken(np.concatenate((frames[:1].repeat(4, 0), frames[:-4])), sound, who)
+    assert late.lag == 4 and late.correlation < 0.6
