@@ -174,7 +174,7 @@ def test_windows_of_animate_are_those_of_the_reference(length: int, shared: int)
     windows, kept = restated(length, shared)
     cuts = animate_cuts(length, 77, shared)
     assert [[ping_pong(cut.start + i, length) for i in range(77)] for cut in cuts] == windows[: len(cuts)]
-    assert [cut.frames for cut in cuts] == [k for k in kept[: len(cuts)]]
+    assert [cut.frames for cut in cuts] == kept[: len(cuts)]
     assert sum(cut.frames for cut in cuts) == length
     assert len(windows) - len(cuts) in (0, 1) and sum(kept[len(cuts) :]) <= 0
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("models", "sampling", "request"),
     ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
     ("clips", "plan", "inputs", "speaking", "parts", "jobs", "preview", "preprocess"),
-    ("conditioning", "results", "outputs"),
+    ("conditioning", "results", "outputs", "work"),
     ("pipeline",),
     ("train", "server"),
     ("cli", "__init__", "__main__"),

@@ -23,7 +23,7 @@ from wanloom.plan import (
 )
 from wanloom.request import MAX_SEED, Request
 from wanloom.sampling.schedule import explicit_schedule, make_schedule
-from wanloom.variants import NEGATIVE, VARIANTS
+from wanloom.variants import NEGATIVE, VARIANTS, Variant
 
 T2V, I2V, TI2V = VARIANTS["t2v-A14B"], VARIANTS["i2v-A14B"], VARIANTS["ti2v-5B"]
 FLF, T2V_SMALL, DEMO = VARIANTS["flf2v-14B"], VARIANTS["t2v-1.3B"], VARIANTS["demo-t2v"]

@@ -137,7 +137,10 @@ def test_pictures_each_task_takes() -> None:
 @pytest.mark.parametrize(
     ("task", "demo"),
     [
-        ("t2v-A14B", "demo-t2v"), ("i2v-A14B", "demo-i2v"), ("ti2v-5B", "demo-ti2v"), ("s2v-14B", "demo-s2v"),
+        ("t2v-A14B", "demo-t2v"),
+        ("i2v-A14B", "demo-i2v"),
+        ("ti2v-5B", "demo-ti2v"),
+        ("s2v-14B", "demo-s2v"),
         ("animate-14B", "demo-animate"),
     ],
 )

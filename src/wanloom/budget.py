@@ -49,8 +49,10 @@ class Span(Protocol):
 
 
 class Clip(Protocol):
-    """Of `plan.Segment`: shape (C, T, h, w) of a clip's latent, and how many decoded frames in front are not shown."""
+    """Of `plan.Segment`: frames shown, shape (C, T, h, w) of a clip's latent, decoded frames in front not shown."""
 
+    @property
+    def frames(self) -> int: ...
     @property
     def latent(self) -> tuple[int, int, int, int]: ...
     @property
@@ -509,10 +511,11 @@ def need(plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_
     """Bytes and operations of a run whose parts are loaded for their stage and released after it.
 
     On a GPU the host holds the finished frames and, one at a time, tensors on their way; and the text stage when the
-    encoder stays on the CPU (t5_cpu).
+    encoder stays on the CPU (t5_cpu).  Of a video in clips it holds those of a clip and of the past of the next.
     """
     stages = _stages(plan, variant, dtype)
-    frames = 4 * 3 * plan.frames * plan.size[0] * plan.size[1]
+    shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
+    frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
     if not on_gpu:
         return Need(disk_bytes(plan), HOST_BASE + frames + max(stage.bytes for stage in stages), 0, stages)
     text, rest = stages[0], stages[1:]

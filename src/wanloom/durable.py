@@ -117,6 +117,14 @@ def sync_directory(directory: str | Path) -> None:
         os.close(handle)
 
 
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number behind its stem that nobody has yet, neither as file nor as job."""
+    count, found = 2, path
+    while found.exists() or found.with_suffix(".job").exists():
+        found, count = path.with_name(f"{path.stem}_{count}{path.suffix}"), count + 1
+    return found
+
+
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:

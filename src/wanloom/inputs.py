@@ -43,7 +43,7 @@ class VideoFile:
 
 def with_folder(request: Request) -> Request:
     """The request with the files of its `src_root_path` filled in where it names none.  Error: E3001."""
-    folder = request.src_root_path
+    folder = None if request.src_root_path is None else Path(request.src_root_path)
     if folder is None:
         return request
     wanted = FOLDER | (FOLDER_REPLACE if request.replace_flag else {})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wanloom import media
-from wanloom.durable import atomic_path, failpoint, sha256_file
+from wanloom.durable import atomic_path, failpoint, free_name, sha256_file
 from wanloom.errors import InputError
 from wanloom.jobs import Job, Memory, read_record
 from wanloom.plan import Plan
@@ -119,6 +119,6 @@ def _put_sound(silent: Path, sound: Path, out: Path, path: Path, plan: Plan) -> 
     try:
         media.add_sound(silent, sound, out, start=trim, whole=plan.animation is not None)
     except InputError as error:
-        kept = path.with_name(f"{path.stem}.silent{path.suffix}")
+        kept = free_name(path.with_name(f"{path.stem}.silent{path.suffix}"))
         silent.replace(kept)
         raise InputError(error.code, f"{error.message} The video without sound is kept: {kept}") from error

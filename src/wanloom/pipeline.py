@@ -18,12 +18,11 @@ it is finished: memory does not grow with their number.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -55,13 +54,14 @@ from wanloom.jobs import (
 from wanloom.outputs import OutPaths, Output, files_of, files_to_write
 from wanloom.parts import Parts
 from wanloom.plan import Plan, Segment, make_plan
-from wanloom.preview import Film, Previewer
+from wanloom.preview import Previewer
 from wanloom.request import Request
-from wanloom.results import Event, Result, Video, peak_memory
+from wanloom.results import Event, Result, Video
 from wanloom.sampling.samplers import SAMPLERS, Step, Velocity, hold
 from wanloom.sampling.velocity import Experts, Forward, conditioned, guided
 from wanloom.speaking import spoken
 from wanloom.variants import TASKS, VARIANTS, Variant, variant_for
+from wanloom.work import Order, Work
 
 # What `Variant.conditioner` names; and for tasks whose videos are made clip by clip, what each clip is given.
 CONDITIONERS: dict[str, Callable[[Parts, Plan, Mapping[str, Any]], Conditioning]] = {
@@ -75,91 +75,6 @@ CLIPS: dict[str, Callable[[Parts, Plan, Mapping[str, Any]], speech.Clips | anima
     "speech": speech.Clips,
     "animate": animate.Clips,
 }
-
-PREVIEW_EVERY = 1.0  # seconds between two writings of preview.gif
-
-
-# ---------------------------------------------------------------- a run
-
-
-@dataclass(frozen=True)
-class Order:
-    """A request with everything decided, its pictures and sounds read, its videos looked through, its LoRA found."""
-
-    request: Request
-    plan: Plan
-    media: Mapping[str, Any]
-    lora: Path | None
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """One for each video: the seeds follow one another."""
-        return tuple(self.plan.with_seed(self.plan.seed + i) for i in range(self.request.num))
-
-
-class Work:
-    """One run under way: the order, where its progress and its files go, and the clock."""
-
-    def __init__(self, order: Order, outputs: Sequence[Path], job: Job | Memory, device: str) -> None:
-        self.order, self.outputs, self.job = order, tuple(outputs), job
-        self.plan, self.plans = order.plan, order.plans
-        self.previewer: Previewer | None = None
-        self.videos: list[Video] = []
-        self.began_at = 0
-        self.resumed = False  # whether it was said where a continued run goes on
-        self.steps = order.plan.steps * len(order.plan.segments) * len(order.plans)  # of all clips of all videos
-        self._device = device
-        self._started = self._last = time.monotonic()
-        self._drawn = 0.0
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def event(self, stage: str, step: int, steps: int, **more: Any) -> Event:
-        """An event now."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        host, gpu = peak_memory(self._device)
-        return Event(stage, step, steps, seconds=seconds, peak_host=host, peak_gpu=gpu, **more)
-
-    def place(self, take: int, segment: Segment) -> int:
-        """How many clips of this run come before this one of video `take`."""
-        return take * len(self.plan.segments) + segment.index
-
-    def pieces(self, take: int, segment: Segment) -> tuple[int, int]:
-        """Latent frames of the clips before this one, and of all."""
-        each = segment.latent[1]
-        return each * self.place(take, segment), each * len(self.plan.segments) * len(self.plans)
-
-    def draw(self, x0: Tensor, *, last: bool) -> Callable[[], Film] | None:
-        """The film of clean latents x0 [1, C, T, h, w], to be made when looked at; now and then also preview.gif."""
-        previewer = self.previewer
-        if previewer is None:
-            return None
-        if self.outputs and (last or time.monotonic() - self._drawn > PREVIEW_EVERY):
-            fps = max(1, round(self.plan.fps / 4))  # a latent frame stands for four
-            previewer(x0[0]).save(self.outputs[0].with_name("preview.gif"), fps)
-            self._drawn = time.monotonic()
-        return lambda: previewer(x0[0])
-
-    def tensors_file(self, plan: Plan) -> Path | None:
-        """Where `save_tensors` puts the tensors of this video: the file named, with the seed when there are several."""
-        request = self.order.request
-        path = None if request.save_tensors is None else Path(request.save_tensors)
-        return path if path is None or request.num == 1 else path.with_name(f"{path.stem}_{plan.seed}{path.suffix}")
-
-    def result(self) -> Result:
-        host, gpu = peak_memory(self._device)
-        return Result(
-            plan=self.plan,
-            seeds=tuple(plan.seed for plan in self.plans),
-            files=self.outputs,
-            videos=tuple(self.videos),
-            seconds=time.monotonic() - self._started,
-            peak_host_bytes=host,
-            peak_gpu_bytes=gpu,
-            began_at=self.began_at,
-        )
-
 
 Stream = Generator[Event, None, Result]
 
@@ -345,7 +260,7 @@ class Pipeline:
                 work.began_at += plan.steps * len(plan.segments)
                 continue
             clips = CLIPS[self.variant.conditioner](self.parts, plan, work.order.media)
-            past, given = clips.begin(), self._given(work, clips)
+            past, given = clips.begin(), (yield from self._given(work, clips))
             with self._output(work, take) as output, self._experts() as velocity:
                 for segment in plan.segments:
                     work.job.enter(take, segment.index)
@@ -378,24 +293,31 @@ class Pipeline:
         yield work.event("encode", 1, 1)
         return conditioning.map(self._here)
 
-    def _given(self, work: Work, clips: speech.Clips | animate.Clips) -> Iterator[dict[str, Tensor]]:
+    def _given(
+        self, work: Work, clips: speech.Clips | animate.Clips
+    ) -> Generator[Event, None, Iterator[dict[str, Tensor]]]:
         """What each clip of a video is given, in turn.
 
-        Where a model makes it, it is made before the first clip and, with a job folder, kept there and not in memory;
-        what is damaged there is made again.
+        Where a model makes it, it is made before the first clip and, with a job folder, kept there and not in memory.
         """
         if clips.streams:
-            yield from clips.given()
-            return
+            return clips.given()
         job, names = work.job, [f"given-{segment.index:04d}" for segment in work.plan.segments]
-        if not job.keeps:
-            yield from [given for _, given in self._make_given(work, clips, names)]
-            return
-        if not all(job.has(name) for name in names):
-            for _ in self._make_given(work, clips, names):
-                pass
+        kept: list[dict[str, Tensor]] = []
+        if not job.keeps or not all(job.has(name) for name in names):
+            yield work.event("sound", 0, len(names))
+            for number, (_, given) in enumerate(self._make_given(work, clips, names), start=1):
+                if not job.keeps:
+                    kept.append(given)
+                yield work.event("sound", number, len(names))
+        return self._kept_given(work, clips, names) if job.keeps else iter(kept)
+
+    def _kept_given(
+        self, work: Work, clips: speech.Clips | animate.Clips, names: Sequence[str]
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same from the job folder; what is damaged there is made again."""
         for name in names:
-            saved = job.load(name)
+            saved = work.job.load(name)
             if saved is None:
                 saved = next(given for made, given in self._make_given(work, clips, names) if made == name)
             yield saved

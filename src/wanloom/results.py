@@ -27,8 +27,8 @@ from wanloom.preview import Film
 class Event:
     """Something happened.  A stage begins with step 0 and ends with step == steps.
 
-    stage: "encode", "denoise", "decode", "done".  step of steps: over all videos of the run.  seconds: since the last
-    event.  sigma, t, expert: of a denoising step; clip: which one of the video.
+    stage: "encode", "sound" (s2v: what each clip hears), "denoise", "decode", "done".  step of steps: over all videos
+    of the run.  seconds: since the last event.  sigma, t, expert: of a denoising step; clip: which one of the video.
     message: a sentence worth showing ("resuming at step 5 of 20").
     peak_host, peak_gpu: bytes so far.  film(): the latents as small pictures (denoise, when the request has preview).
     """
@@ -59,8 +59,8 @@ class Video:
 
     @property
     def frames(self) -> NDArray[np.uint8]:
-        """[F, H, W, 3] uint8."""
-        return quantise(self.tensor)
+        """[F, H, W, 3] uint8: what is shown, and a file has; the tensor may have more, behind the end of the sound."""
+        return quantise(self.tensor[:, : self.plan.frames])
 
     def save_tensors(self, path: str | Path) -> Path:
         """Write `latents` and `video` as float32 safetensors, the Plan in their metadata.

@@ -7,6 +7,7 @@ import re
 import signal
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
@@ -227,7 +228,9 @@ def test_the_demo_command_can_show_all_models_on_one_page(run, demos, tmp_path):
     for name in ("demo-t2v_1.mp4", "demo-i2v_1.mp4"):
         assert f'src="{name}"' in page
         assert (tmp_path / "outputs" / name).is_file()
-    assert (tmp_path / "outputs" / "demo-i2v_start.png").is_file()
+    assert (tmp_path / "outputs" / "demo-i2v_inputs" / "start.png").is_file()
+    with Image.open(tmp_path / "outputs" / "demo.png") as sheet:
+        assert sheet.width > sheet.height / 2 > 60
 
 
 def test_without_demo_weights_the_demo_command_says_so(run, tmp_path, monkeypatch):

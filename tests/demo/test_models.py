@@ -37,7 +37,7 @@ def test_all_models_together_are_small() -> None:
 
 
 def test_the_models_that_are_trained_are_in_the_package() -> None:
-    assert {"demo-t2v", "demo-i2v", "demo-ti2v"} == set(MODELS)
+    assert {"demo-t2v", "demo-i2v", "demo-ti2v", "demo-s2v"} == set(MODELS)
 
 
 def test_held_out_prompts_become_what_they_say() -> None:

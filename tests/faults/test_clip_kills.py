@@ -23,7 +23,7 @@ STEPS = 4
 KILLS, SAMPLE = 50, 4
 
 # Names of `durable.failpoint`s, and how often each is passed.  A clip of s2v has 3 latent frames, behind 1 (the
-# picture) or 19 (the past); one of animate 2, with 1 frame in common with the clip before, and 3 of 4 shown in the last.
+# picture) or 19 (the past); one of animate 2, sharing 1 frame with the clip before, and the last shows 3 of its 4.
 POINTS = {
     "s2v": {
         "conditioning": 1, "given": CLIPS, "step": CLIPS * STEPS, "state": CLIPS * (STEPS - 1), "latents": CLIPS,

@@ -52,7 +52,7 @@ def test_blurring_keeps_an_even_picture_and_spreads_a_dot() -> None:
 
 def test_directions_are_frozen() -> None:
     """A QR that chose other signs would turn expressions into others: these are LAPACK's."""
-    encoder = MotionEncoder()
+    encoder = MotionEncoder(AnimateConfig())
     with torch.no_grad():
         weight = torch.linspace(-1, 1, 512 * 20).sin().view(512, 20) * torch.linspace(1, 3, 20).cos()
         encoder.direction.copy_(weight + torch.eye(512, 20))

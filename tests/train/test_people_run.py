@@ -104,7 +104,7 @@ def test_samples_of_dances_are_what_the_pipeline_will_have(runs: Path, tmp_path:
     recipe = read_recipe(short("demo-animate", runs, clips=6, held_out=2))
     task = DanceTask(recipe, Ranks(), tmp_path)
     batch = task.batch(task.clips, [0, 1, 2, 3], task.encode([""] * 4))
-    assert batch.x0.shape == (4, 16, 6, 8, 8) and batch.inputs["y"].shape == (4, 20, 6, 8, 8)
+    assert batch.x0.shape == (4, 16, 6, 16, 16) and batch.inputs["y"].shape == (4, 20, 6, 16, 16)
     assert batch.inputs["face"].shape == (4, 3, 17, 64, 64)
     masks = batch.inputs["y"][:, :4]
     assert set(masks.unique().tolist()) <= {0.0, 1.0} and masks[:, :, 0].all()

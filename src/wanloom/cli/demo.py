@@ -17,6 +17,7 @@ import click
 from wanloom import __version__, demo
 from wanloom.cli.console import bytes_text, say
 from wanloom.cli.options import Command
+from wanloom.durable import free_name
 from wanloom.errors import InputError
 from wanloom.runtime import machine
 from wanloom.variants import VARIANTS
@@ -75,7 +76,7 @@ def one(name: str, prompt: str | None, seed: str, preview: bool, *, replaced: bo
     given = inputs_of(name, words, FOLDER / f"{what}_inputs", replaced=replaced)
     typed: dict[str, Any] = {"task": name, "prompt": words, "seed": seed, "preview": preview, **given}
     run = prepare(typed, like=None, resume=None, dry_run=True)
-    out = fresh(FOLDER / f"{what}_{run.plan.seed}.mp4")
+    out = free_name(FOLDER / f"{what}_{run.plan.seed}.mp4")
     run = replace(run, outputs=(out,), demo_name=None)
     kind = TASKS[name.removeprefix("demo-")] + (", replacing somebody" if replaced else "")
     state = "a smoke-test model" if demo.is_smoke_test(name) else "trained by this project"
@@ -113,14 +114,6 @@ def header() -> str:
     return f"wanloom {__version__}, Python {platform.python_version()}, {torch}, {card}"
 
 
-def fresh(path: Path) -> Path:
-    """The path itself, or with the first number behind it that nobody has yet."""
-    count, found = 2, path
-    while found.exists() or found.with_suffix(".job").exists():
-        found, count = path.with_name(f"{path.stem}_{count}{path.suffix}"), count + 1
-    return found
-
-
 def write_page(page: Path, made: list[tuple[str, str, Path]]) -> None:
     """One HTML page with all videos, which lie beside it."""
     from wanloom.durable import write_atomic
@@ -139,20 +132,8 @@ def write_page(page: Path, made: list[tuple[str, str, Path]]) -> None:
 
 
 def write_sheet(path: Path, made: list[tuple[str, str, Path]]) -> None:
-    """All videos as rows of six frames, at the size of the largest."""
-    import numpy as np
-    from PIL import Image
-
+    """All videos as rows of six frames."""
     from wanloom import media
 
-    clips = [media.read_video(file).frames for _, _, file in made]
-    side = max(clip.shape[1] for clip in clips)
-
-    def grown(frame: np.ndarray) -> np.ndarray:
-        return np.array(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST))
-
-    rows = [
-        (f"{name}: {prompt}", [np.stack([grown(frame) for frame in clip])])
-        for (name, prompt, _), clip in zip(made, clips, strict=True)
-    ]
+    rows = [(f"{name}: {prompt}", [media.read_video(file).frames]) for name, prompt, file in made]
     media.contact_sheet(rows, path, scale=1, across=6)

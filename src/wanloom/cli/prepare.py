@@ -21,12 +21,10 @@ from wanloom.checkpoint.load import survey
 from wanloom.checkpoint.lora import relighting_file
 from wanloom.cli.options import DEFAULT_TASK, typed_values
 from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, what_is_free
-from wanloom.durable import sha256_file
+from wanloom.durable import free_name, sha256_file
 from wanloom.errors import InputError, WanloomWarning
-from wanloom.inputs import facts, read_inputs, with_folder
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
 from wanloom.request import OPTIONS, ROLES, Request, request_from_text
-from wanloom.speaking import check_speaker, speak, speech_file
 from wanloom.variants import VARIANTS, Variant, variant_for
 
 PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip", "audio_encoder")
@@ -49,6 +47,9 @@ class Prepared:
 
 def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool) -> Prepared:
     """Check a command line against itself, the model, the pictures and the machine; see the module."""
+    from wanloom.inputs import facts, read_inputs, with_folder  # here: `--help` needs no numpy
+    from wanloom.speaking import check_speaker
+
     typed = typed_values(params)
     _refuse_odd_target(typed.get("out"))
     request, replayed = _request(typed, like, resume)
@@ -176,6 +177,7 @@ def _spoken(request: Request, outputs: tuple[Path, ...]) -> Request:
     """The request with its text spoken, and said so; but first whether the videos themselves can be written."""
     from wanloom import media
     from wanloom.cli.console import say
+    from wanloom.speaking import speak, speech_file
 
     for path in outputs:
         media.check_output(path, overwrite=request.overwrite)
@@ -226,15 +228,7 @@ def output_files(request: Request, plan: Plan) -> tuple[Path, ...]:
         return tuple(request.out.with_name(f"{request.out.stem}_{seed}{request.out.suffix}") for seed in seeds)
     stamp = time.strftime("%Y%m%d_%H%M%S")
     size = f"{plan.size[0]}x{plan.size[1]}"
-    return tuple(_fresh(f"{plan.task}_{size}_{seed}_{stamp}") for seed in seeds)
-
-
-def _fresh(stem: str) -> Path:
-    """A file name that nobody has yet."""
-    path, count = Path(f"{stem}.mp4"), 2
-    while path.exists() or path.with_suffix(".job").exists():
-        path, count = Path(f"{stem}_{count}.mp4"), count + 1
-    return path
+    return tuple(free_name(Path(f"{plan.task}_{size}_{seed}_{stamp}.mp4")) for seed in seeds)
 
 
 def _outputs_of(resume: Path, typed: Mapping[str, str | bool]) -> tuple[Path, ...]:

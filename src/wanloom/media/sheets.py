@@ -15,12 +15,13 @@ LINE = 14  # pixels of a caption
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Frames]]], path: Path, *, scale: int = 2, across: int = 5) -> None:
     """Write a picture of clips: one row each, its caption above, `across` frames of each from first to last.
 
-    rows: caption and clips [F, H, W, 3] uint8, all of one size and as many in each row.  Saved with 64 colours: a
-    quarter of the bytes, and it looks alike.
+    rows: caption and clips [F, H, W, 3] uint8, as many in each row; small ones grow to the size of the largest.  A .png
+    has 64 colours: a quarter of the bytes, and it looks alike.
     """
     from PIL import Image, ImageDraw
 
-    height, width = rows[0][1][0].shape[1:3]
+    height = max(clip.shape[1] for _, clips in rows for clip in clips)
+    width = max(clip.shape[2] for _, clips in rows for clip in clips)
     cell = width * scale + 2, height * scale + 2
     columns = len(rows[0][1]) * across
     page = Image.new("RGB", (columns * cell[0], len(rows) * (cell[1] + LINE)), "white")
@@ -33,4 +34,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Frames]]], path: Path, *, s
                 picture = Image.fromarray(clip[f]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
                 page.paste(picture, ((c * across + k) * cell[0], top + LINE))
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    if path.suffix == ".jpg":
+        page.save(path, quality=65)
+    else:
+        page.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -27,7 +27,7 @@ KERNELS = {"plain": plain}
 
 
 def use_kernel(model: nn.Module, name: str) -> None:
-    """Give every attention of `model` (whatever has a `kernel`) the kernel of that name."""
+    """Give every attention of `model` (whatever has a `kernel` that is no tensor) the kernel of that name."""
     for module in model.modules():
-        if hasattr(module, "kernel"):
+        if not isinstance(getattr(module, "kernel", None), Tensor | None):
             setattr(module, "kernel", KERNELS[name])  # noqa: B010 (an attribute that nn.Module does not declare)

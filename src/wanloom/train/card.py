@@ -174,7 +174,7 @@ def judged_people(checkpoint: Path, name: str, count: int, real: Path | None) ->
     table = Table()
     for figures in found:
         table.add(**figures)
-    contact_sheet(rows[:24], checkpoint / "sheets" / ("speech.png" if speech else "dance.png"), scale=1)
+    contact_sheet(rows[:16], checkpoint / "sheets" / ("speech.jpg" if speech else "dance.jpg"), scale=1)
     return table.summary(), people_card.FLOORS_SPEECH if speech else people_card.FLOORS_DANCE
 
 
@@ -195,7 +195,7 @@ def judged_shapes(checkpoint: Path, name: str, count: int) -> tuple[dict[str, An
         table, rows = generated(pipe, wanted_clips, checkpoint, image=from_image, objects=objects)
         summary = table.summary()
         figures |= {k: v for k, v in summary.items() if k != "seconds" or "seconds" not in figures}
-        contact_sheet(rows[:40], sheets / f"{mode}.png", scale=1)
+        contact_sheet(rows[:40], sheets / f"{mode}.jpg", scale=1)
     (checkpoint / "first.png").unlink(missing_ok=True)
     return figures, floors
 
