@@ -15,13 +15,13 @@ from wanloom.clips import (
     ping_pong,
     speech_cuts,
     speech_of,
-    speech_size,
     states_of,
 )
 from wanloom.errors import InputError
 from wanloom.models.config import AudioConfig
 from wanloom.plan import Input, Plan, make_plan, request_like
 from wanloom.request import Request
+from wanloom.sizes import speech_size
 from wanloom.variants import VARIANTS
 
 S2V, ANIMATE = VARIANTS["s2v-14B"], VARIANTS["animate-14B"]
@@ -65,6 +65,7 @@ def test_sizes_of_s2v_fit_the_area_whatever_the_picture() -> None:
         if made != (0, 0):
             assert made[0] * made[1] <= 1024 * 704 and made[0] % 64 == made[1] % 64 == 0
     assert speech_size((40, 40_000), 64 * 64) == (0, 0)
+    assert speech_size((640, 480), 32 * 32) == (0, 0)
 
 
 def test_a_picture_that_fits_no_size_is_refused() -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ("errors", "durable"),
     ("models", "sampling", "request"),
     ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
-    ("clips", "plan", "inputs", "speaking", "parts", "jobs", "preview", "preprocess"),
+    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "preview", "preprocess"),
     ("conditioning", "results", "outputs", "work"),
     ("pipeline",),
     ("train", "server"),

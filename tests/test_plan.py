@@ -14,15 +14,14 @@ from wanloom.plan import (
     FORMAT,
     Input,
     Plan,
-    best_area_size,
     differences,
     expert_spans,
-    image_area_size,
     make_plan,
     request_like,
 )
 from wanloom.request import MAX_SEED, Request
 from wanloom.sampling.schedule import explicit_schedule, make_schedule
+from wanloom.sizes import best_area_size, image_area_size
 from wanloom.variants import NEGATIVE, VARIANTS, Variant
 
 T2V, I2V, TI2V = VARIANTS["t2v-A14B"], VARIANTS["i2v-A14B"], VARIANTS["ti2v-5B"]

@@ -1,4 +1,4 @@
-"""How a long video is cut into clips that a model makes one after another, and sizes and frames that follow.  No torch.
+"""How a long video is cut into clips that a model makes one after another, and the frames that follow.  No torch.
 
 s2v      clips of `infer_frames`; the first one may be three frames shorter; the sound says how many there are
 animate  clips of 77 frames that share 1 or 5 with the clip before; the driving video says how many there are
@@ -8,7 +8,6 @@ Sources: official wan/speech2video.py and wan/animate.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,8 +24,6 @@ STATES_RATE = 50  # hidden states of wav2vec2 a second, as the reference counts 
 FEATURE_RATE = 30  # to which they are interpolated
 DROPPED = 3  # frames of a first clip without a past that are not shown: they come out blurred
 REFERENCE_AT = 30  # latent position of the reference picture, behind any clip
-SIZE_STEP = 64  # sizes of s2v are multiples of this
-SCALES = 100  # tried between the largest and the smallest
 WHOLE = 60  # seconds of sound that are encoded at once
 WINDOW = 30  # seconds of a longer one that are encoded at a time
 GRAIN = AUDIO_RATE // 1000  # of a frame of which no more samples are heard, nothing is
@@ -180,33 +177,6 @@ def speech_cuts(wanted: int | None, variant: Variant, speech: Speech, samples: i
         shown = frames if behind else frames - DROPPED
         clips.append(Clip(frames=shown, latents=frames // 4, skip=skip, start=index * frames))
     return tuple(clips)
-
-
-def speech_size(picture: Size, area: int) -> Size:
-    """Width and height of an s2v video: the picture's shape in multiples of 64, at most `area` pixels, never larger.
-
-    The official scan (wan/speech2video.py, get_size_less_than_area): a hundred scales from the largest down, the first
-    whose sides, rounded up, fit.  (0, 0) when none does.
-    """
-    width, height = picture
-    largest, smallest = _scales(width, height, area)
-    for i in range(SCALES):
-        scale = largest - (largest - smallest) * i / (SCALES - 1)
-        sides = [-(-int(side * scale) // SIZE_STEP) * SIZE_STEP for side in (width, height)]
-        if sides[0] * sides[1] <= area and min(sides) > 0:
-            return sides[0], sides[1]
-    return 0, 0
-
-
-def _scales(width: int, height: int, area: int) -> tuple[float, float]:
-    """The largest and the smallest scale that are tried."""
-    if width * height <= area:
-        return 1.0, 0.1
-    largest = math.sqrt(area / (width * height))
-    # where even sides padded by 63 fit; the reference has b^2 - 2ac under the root, and so have we
-    a, b, c = width * height, (SIZE_STEP - 1) * (width + height), (SIZE_STEP - 1) ** 2 - area
-    smallest = (-b + math.sqrt(b * b - 2 * a * c)) / (2 * a)
-    return largest, smallest
 
 
 # ---------------------------------------------------------------- animate

@@ -27,7 +27,6 @@ from wanloom.clips import (
     check_drivers,
     speech_cuts,
     speech_of,
-    speech_size,
     window_notes,
 )
 from wanloom.errors import InputError
@@ -43,16 +42,15 @@ from wanloom.request import (
     check_out,
     check_prompt,
     check_sampler,
-    parse_size,
 )
 from wanloom.sampling.schedule import Schedule, explicit_schedule, make_schedule
+from wanloom.sizes import GRID, decide_sizes, latent_shape, listed
 from wanloom.variants import Variant
 
 T = TypeVar("T")
 
 FORMAT = 1  # of the JSON; raised when a field changes its meaning
-GRID = 1024  # positions per axis of the model's rotation table (official rope_params(1024, ...))
-MAX_JSON = 1 << 20  # a Plan of 1000 steps has 60 kB
+MAX_JSON = 1 << 24  # a Plan of 1000 steps has 60 kB, one of 10 000 clips 1.2 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +207,7 @@ def make_plan(
     image = image_size or given.get("image")
     if request.image is not None and image is None and not draft:
         raise InputError("E2015", "image: its size is not known; read the picture before planning.")
-    asked, size = _sizes(request, variant, given.get("pose_video") if variant.conditioner == "animate" else image)
+    asked, size = decide_sizes(request, variant, given.get("pose_video") if variant.conditioner == "animate" else image)
     frames = _frames(request, variant)
     check_drivers(inputs)
     speech = speech_of(request, variant)
@@ -340,143 +338,14 @@ def _check_inputs(request: Request, variant: Variant, draft: bool) -> None:
         raise InputError("E2015", "image: a last image needs a first one. Give --image FILE.")
 
 
-# --- size ----------------------------------------------------------------------------------------------------------
-
-
-def image_area_size(image: Size, area: int, stride: int = 8, patch: int = 2) -> Size:
-    """Width and height of an i2v video: multiples of stride * patch, at most `area` pixels, about the picture's aspect.
-
-    The official rule with its floating-point floor (wan/image2video.py): 832x480 pictures at that area give 832x464.
-    """
-    width, height = image
-    aspect = height / width
-    rows = int(math.sqrt(area * aspect) // stride // patch * patch)
-    columns = int(math.sqrt(area / aspect) // stride // patch * patch)
-    return columns * stride, rows * stride
-
-
-def best_area_size(image: Size, area: int, multiple: int) -> Size:
-    """Width and height of a ti2v video with a picture: the better of rounding width first or height first.
-
-    The official rule (wan/utils/utils.py, best_output_size); (0, 0) when nothing fits the area.
-    """
-    width, height = image
-    ratio = width / height
-    wide = math.sqrt(area * ratio)
-    high = area / wide
-    candidates = []
-    columns = int(wide // multiple * multiple)
-    if columns:
-        candidates.append((columns, int(area / columns // multiple * multiple)))
-    rows = int(high // multiple * multiple)
-    if rows:
-        candidates.append((int(area / rows // multiple * multiple), rows))
-
-    def error(size: Size) -> float:
-        made = size[0] / size[1]
-        return max(ratio / made, made / ratio)
-
-    fitting = [size for size in candidates if min(size) > 0]
-    if not fitting:
-        return 0, 0
-    # Of two equal ones the second wins: the official comparison is strict.
-    return min(reversed(fitting), key=error)
-
-
-def latent_shape(variant: Variant, size: Size, frames: int) -> tuple[int, int, int, int]:
-    """(C, T, h, w) of a video of this size (w, h) and frame count."""
-    time, down, right = variant.vae.stride
-    return variant.vae.z, (frames - 1) // time + 1, size[1] // down, size[0] // right
-
-
-def _driven_size(request: Request, variant: Variant, driver: Size | None) -> tuple[Size, Size]:
-    """animate makes the size of its pose video."""
-    size = driver or (_asked_size(request, variant))
-    multiple = variant.multiple
-    if request.size is not None and _asked_size(request, variant) != size:
-        raise InputError("E2003", f"size: {variant.name} makes the size of the pose video, {size[0]}x{size[1]}.")
-    if size[0] % multiple or size[1] % multiple:
-        near = _nearest(size, multiple)
-        raise InputError(
-            "E3019",
-            f"pose-video: {size[0]}x{size[1]}, expected sides in multiples of {multiple}: {near[0]}x{near[1]}. "
-            "`wanloom preprocess animate` makes such videos.",
-        )
-    return size, size
-
-
-def _sizes(request: Request, variant: Variant, image: Size | None) -> tuple[Size, Size]:
-    """The size named, and the size made: with a picture (or a pose video, `image`) only the area of the first one."""
-    asked = _asked_size(request, variant)
-    multiple = variant.multiple
-    size = asked
-    if variant.conditioner == "animate":
-        return _driven_size(request, variant, image)
-    if image is not None and variant.conditioner != "text":
-        _check_side_pair(image, "image", "E3007")
-        area = asked[0] * asked[1]
-        if variant.conditioner == "speech":
-            size = speech_size(image, area)
-        elif variant.conditioner == "image":
-            size = image_area_size(image, area, variant.vae.stride[1], variant.dit.patch[1])
-        else:
-            size = best_area_size(image, area, multiple)
-        if min(size) <= 0:
-            raise InputError(
-                "E2004",
-                f"size: a picture of {image[0]}x{image[1]} does not fit the area of {asked[0]}x{asked[1]} in multiples "
-                f"of {multiple}. Use a larger size, or a picture less narrow.",
-            )
-    for side in size:
-        if side // multiple > GRID:
-            raise InputError(
-                "E2004",
-                f"size: {size[0]}x{size[1]} is above the {GRID} positions per axis of {variant.name}: "
-                f"at most {GRID * multiple} pixels a side. Published sizes: {_listed(variant)}.",
-            )
-    return asked, size
-
-
-def _asked_size(request: Request, variant: Variant) -> Size:
-    size = request.size
-    if size is None:
-        return variant.defaults.size
-    if isinstance(size, str):
-        size = parse_size(size)
-    width, height = _check_side_pair(size, "size", "E2003")
-    multiple = variant.multiple
-    if width % multiple or height % multiple:
-        near = _nearest((width, height), multiple)
-        raise InputError(
-            "E2003",
-            f"size: got {width}x{height}, expected WIDTHxHEIGHT in multiples of {multiple}. Use {near[0]}x{near[1]}.",
-        )
-    return width, height
-
-
-def _check_side_pair(size: object, name: str, code: str) -> Size:
-    if not (isinstance(size, tuple | list) and len(size) == 2 and all(type(side) is int for side in size)):
-        raise InputError(code, f"{name}: got {size!r}, expected width and height in pixels.")
-    width, height = size
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise InputError(code, f"{name}: got {width}x{height}, expected sides of 1 to {MAX_SIDE} pixels.")
-    return width, height
-
-
-def _nearest(size: Size, multiple: int) -> Size:
-    width, height = (max(multiple, round(side / multiple) * multiple) for side in size)
-    return width, height
-
-
-def _listed(variant: Variant) -> str:
-    return ", ".join(f"{width}x{height}" for width, height in variant.sizes)
+# --- what is worth a warning ------------------------------------------------------------------------------------------
 
 
 def _notes(variant: Variant, asked: Size, animation: Animation | None) -> tuple[str, ...]:
     notes = []
     if asked not in variant.sizes:
         width, height = asked
-        notes.append(f"W2004: size: {width}x{height} is not one {variant.name} was trained for ({_listed(variant)}).")
+        notes.append(f"W2004: size: {width}x{height} is not one {variant.name} was trained for ({listed(variant)}).")
     if animation is not None and animation.relight and not animation.replace:
         notes.append("W2037: use-relighting-lora: it was made for replacement, and this is none (no --replace-flag).")
     return tuple(notes)
