@@ -70,7 +70,11 @@ def vae_clip(rng: np.random.Generator, recipe: Recipe, loss: VaeLoss, size: int,
     """A clip to train the VAE on, uint8 [frames, size, size, 3]."""
     if recipe.data.world in PEOPLE:
         kinds, shares = zip(*PEOPLE[recipe.data.world], strict=True)
-        return people_clip(rng, kinds[rng.choice(len(kinds), p=shares)], size, frames)
+        clip = people_clip(rng, kinds[rng.choice(len(kinds), p=shares)], size, frames)
+        if loss.grey and frames > 1 and rng.random() < loss.grey:
+            clip = clip.copy()
+            clip[: 1 + 4 * int(rng.integers(1, (frames - 1) // 4))] = 128
+        return clip
     if rng.random() < loss.figures:
         return figure_clip(rng, size, frames)
     return render(sample_clip(rng, objects=2 if rng.random() < 0.25 else 1, split="train"), size, frames)

@@ -52,6 +52,7 @@ class VaeLoss(Table):
     gradient: float = 0.4  # L1 of horizontal and vertical differences: edges
     kl: float = 1.5e-3  # per latent element; large enough that the decoder forgives noise
     kl_ramp: int = 500  # steps from 0 to `kl`
+    grey: float = Field(default=0.0, ge=0, le=1)  # share of clips that begin with grey frames, as s2v's past does
     figures: float = Field(default=0.3, ge=0, le=1)  # share of clips with heads and figures instead of shapes
 
 
