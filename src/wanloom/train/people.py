@@ -6,6 +6,7 @@ behind its past, the past itself, the picture, and what is heard or followed.  I
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ SPEAKS = (
 DANCES = (cases.DANCES, "somebody is moving", "a figure dances in a room", "the person is dancing")
 
 
-class PeopleTask(FlowTask):
+class PeopleTask(FlowTask, ABC):
     """Samples are of two kinds, without a past and with one, which do not share a batch; words are few."""
 
     vocabulary: Sequence[str] = tuple(sorted({word for text in (*SPEAKS, *DANCES) for word in text.split()}))
@@ -45,9 +46,9 @@ class PeopleTask(FlowTask):
         texts = ["" if drop else self.sentences[int(rng.integers(len(self.sentences)))] for drop in dropped]
         return texts, torch.from_numpy(dropped).to(self.device)
 
+    @abstractmethod
     def without(self, inputs: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
         """The inputs with what the unconditional pass does not get taken out of the samples `dropped` [B]."""
-        raise NotImplementedError
 
     def unconditional(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         some = next(iter(inputs.values()))
@@ -106,13 +107,13 @@ class PeopleTask(FlowTask):
 
     seen: tuple[str, ...] = ()
 
+    @abstractmethod
     def judge(self, i: int, video: np.ndarray) -> list[float]:
         """What is right of held-out sample i, in the order of `seen`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shown(self, i: int) -> np.ndarray:
         """What held-out sample i really looks like, uint8 [F, H, W, 3]."""
-        raise NotImplementedError
 
 
 def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
