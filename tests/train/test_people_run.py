@@ -10,27 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import wanloom
 from wanloom.demo import talk
+from wanloom.errors import InputError
 from wanloom.train import people_card
 from wanloom.train.audio import heard
 from wanloom.train.card import make_card
 from wanloom.train.dance import DanceTask
+from wanloom.train.data import vae_batch
 from wanloom.train.loop import run
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Recipe, read_recipe
 from wanloom.train.speech import SpeechTask
+from wanloom.train.vae import VaeTask
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def short(name: str, folder: Path, **data: Any) -> Path:
-    """The recipe `name` with one phase of two steps, alone, uncompiled, on few clips; its file."""
+    """The recipe `name` with its first phase alone, of two steps, uncompiled, on few clips; its file."""
     table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     table |= {"processes": 1, "compile": False, "data": {**table.get("data", {}), **data}}
     table["watch"] |= {"prompts": 1, "log": 1, "save": 1, "sheet": 2, "loss": 2, "sampler_steps": 2}
-    phase = next(p for p in table["phases"] if p["name"] in ("pictures", "voices", "model"))
+    phase = table["phases"][0]
     phase["stages"] = [phase["stages"][0] | {"steps": 2, "batch": 2}]
     table["phases"] = [phase]
     for part in ("vae", "audio", "start"):
@@ -75,6 +79,27 @@ def test_a_trained_model_generates_and_gets_a_card(name: str, runs: Path) -> Non
     assert card["status"] == "smoke-test" and card["figures"]["seconds"]["of"] == 2
     assert any(entry.startswith(("mouth", "distance")) for entry in card["missed"])
     assert (checkpoint / "sheets").is_dir()
+
+
+def test_a_vae_begins_as_another(runs: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(short("demo-vae-dance", runs, clips=4))
+    task = VaeTask(recipe, Ranks(), tmp_path)
+    task.start("vae")
+    theirs = load_file(runs / "runs" / "demo-vae-talk" / "checkpoint" / "Wan2.1_VAE.safetensors")
+    assert all(torch.equal(p, theirs[name].to(p.dtype)) for name, p in task.vae.named_parameters())
+    for other in (recipe, recipe.model_copy(update={"start": str(tmp_path)})):
+        task.recipe = other
+        with pytest.raises(InputError, match="start:") as caught:
+            task.start("vae" if other is not recipe else "low_noise_model")
+        assert caught.value.code == "E4032"
+
+
+def test_small_crops_of_dances_show_who_moves(runs: Path) -> None:
+    recipe = read_recipe(short("demo-vae-dance", runs, clips=4))
+    stage = recipe.phases[0].stages[0].model_copy(update={"crop": 32, "batch": 8})
+    clips = torch.cat([vae_batch(recipe, recipe.phases[0].loss, stage, 128, step, 0) for step in range(3)])
+    moving = (clips.amax(2) - clips.amin(2)).mean((1, 2, 3)) > 8 / 127.5
+    assert moving.float().mean() > 0.7
 
 
 def test_samples_of_speech_are_what_the_pipeline_will_have(runs: Path, tmp_path: Path) -> None:

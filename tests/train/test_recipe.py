@@ -42,6 +42,7 @@ def test_a_phase_knows_its_stage_at_each_step(tmp_path: Path) -> None:
         (("steps = 3", "steps = 0"), "greater than 0"),
         (('trains = ["vae"]', 'trains = ["dit"]'), "a vae recipe trains"),
         (('name = "a"', 'name = "a"\ninit = "b"'), "no earlier phase"),
+        (('name = "a"', 'name = "a"\ninit = "start:vae"'), "names it in `start`"),
         (("steps = 3", "steps = = 3"), "line 8"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .dance import SIZE, Pose
+from .dance import SIZE, Dance, Pose, draw_room
 from .figures import CLOTHES, HAIRS, SKINS, Colour, Outfit, Painter
 from .world import Floats, Pixels
 
@@ -339,6 +339,18 @@ def _find_limbs(costs: Floats, body: _Body, outfit: Outfit) -> dict[str, Limb]:
 
 
 # -------------------------------------------------------------------------------------------------------------- verdict
+
+
+def halved(video: Pixels) -> Pixels:
+    """A video [F, 128, 128, 3] at half its size, for the judge: the mean of four pixels each."""
+    frames, height, width, _ = video.shape
+    mean = video.reshape(frames, height // 2, 2, width // 2, 2, 3).mean((2, 4))
+    return mean.round().astype(np.uint8)
+
+
+def judge(video: Pixels, what: Dance) -> Verdict:
+    """What a video uint8 [F, 128, 128, 3] keeps of a dance."""
+    return compare(observe(halved(video), what.outfit, draw_room(what.room)), what.pose, what.outfit)
 
 
 def observe(video: Pixels, outfit: Outfit, room: Pixels | None = None) -> Seen:

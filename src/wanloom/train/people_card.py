@@ -69,13 +69,6 @@ def speech_figures(
 # ---------------------------------------------------------------- figures
 
 
-def halved(video: np.ndarray) -> np.ndarray:
-    """A video at half its size, for the judge: the mean of four pixels each."""
-    frames, height, width, _ = video.shape
-    mean: np.ndarray = video.reshape(frames, height // 2, 2, width // 2, 2, 3).mean((2, 4))
-    return mean.round().astype(np.uint8)
-
-
 def dance_figures(pipe: wanloom.Pipeline, count: int, folder: Path) -> tuple[list[dict[str, float]], list[Row]]:
     """Figures of each case and a row of the sheet for it."""
     figures, rows = [], []
@@ -85,7 +78,7 @@ def dance_figures(pipe: wanloom.Pipeline, count: int, folder: Path) -> tuple[lis
         start = time.perf_counter()
         frames = pipe(DANCES, seed=i, **case.given).frames
         seconds = time.perf_counter() - start
-        seen = dance_judge.observe(halved(frames), what.outfit, dance.draw_room(what.room))
+        seen = dance_judge.observe(dance_judge.halved(frames), what.outfit, dance.draw_room(what.room))
         verdict = dance_judge.compare(seen, what.pose, what.outfit)
         other = dance_judge.compare(seen, dance_case(i + 1, folder).dance.pose, what.outfit)
         found = {

@@ -137,8 +137,10 @@ class Recipe(Table):
         seen: set[str] = set()
         for phase in self.phases:
             from_start = phase.init is not None and phase.init.startswith("start:")
-            if from_start and (self.start is None or self.kind != "flow"):
-                raise ValueError(f"phase '{phase.name}' begins from a checkpoint; a flow recipe names it in `start`")
+            if from_start and (self.start is None or self.kind == "audio"):
+                raise ValueError(
+                    f"phase '{phase.name}' begins from a checkpoint; a recipe of flow or vae names it in `start`"
+                )
             if phase.init is not None and not from_start and phase.init not in seen:
                 raise ValueError(f"phase '{phase.name}' starts from '{phase.init}', which is no earlier phase")
             if phase.name in seen:

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from wanloom.demo import dance, dance_judge
 from wanloom.demo.judge import judge
 from wanloom.demo.talk import correlation, observe
 from wanloom.demo.world import caption
+from wanloom.durable import atomic_path
 from wanloom.errors import InputError
 from wanloom.media.sheets import contact_sheet
 from wanloom.models.vae import CausalVae, init_for_training
@@ -41,11 +44,11 @@ from wanloom.variants import VARIANTS
 # the decoder forgives, and blown up they would only be noise to learn.
 FLOOR = 0.1
 
-# What `look` reports of each world (mouth: its correlation with that of the clip).
+# What `look` reports of each world (mouth: its correlation with that of the clip; distance: of joints, in heights).
 SEEN = {
     "shapes": ("psnr", "iou", "shape", "motion", "all_right", "shape_noisy", "all_right_noisy"),
     "talk": ("psnr", "psnr_noisy", "mouth", "mouth_noisy"),
-    "dance": ("psnr", "psnr_noisy"),
+    "dance": ("psnr", "psnr_noisy", "distance", "distance_noisy", "colours"),
 }
 
 
@@ -80,7 +83,14 @@ class VaeTask:
         self.axes: Axes | None = None
 
     def start(self, expert: str) -> None:
-        raise InputError("E4032", f"a VAE recipe cannot begin from '{expert}' of a checkpoint")
+        """Take the VAE of the recipe's `start`."""
+        folder = Path(str(self.recipe.start))
+        path = folder / published_name(self.vae)
+        if expert != "vae" or not path.is_file():
+            raise InputError(
+                "E4032", f"start:{expert}: a VAE recipe begins from start:vae, the file {path.name} of {folder}"
+            )
+        self.vae.load_state_dict(load_file(path))
 
     def only(self, phase: Phase) -> tuple[str, ...] | None:
         return None if "vae" in phase.trains else ("vae.decoder.", "vae.conv2.")
@@ -135,7 +145,12 @@ class VaeTask:
     def _judge(self, i: int, pixels: np.ndarray, out: np.ndarray, noisy: np.ndarray) -> tuple[str, dict[str, float]]:
         """What held-out clip i shows, in words, and what is left of that."""
         if self.recipe.data.world == "dance":
-            return "a figure", {"psnr_noisy": psnr(pixels, noisy)}
+            what = dance.sample_dance(stream(self.recipe.seed, HELD_OUT, i), len(pixels), split="held_out")
+            clean, rough = (dance_judge.judge(video, what) for video in (out, noisy))
+            return "a figure", {
+                "psnr_noisy": psnr(pixels, noisy), "distance": clean.distance, "distance_noisy": rough.distance,
+                "colours": float(clean.colours),
+            }  # fmt: skip
         if self.recipe.data.world == "talk":
             mouth = observe(pixels).mouth
             said = [correlation(observe(video).mouth, mouth) for video in (out, noisy)]
@@ -218,13 +233,13 @@ def whiten(vae: CausalVae, found: Axes) -> None:
     vae.conv2.bias.copy_((out_weight @ (m - backward @ mean) + out_bias)[:, 0])
 
 
+def published_name(vae: CausalVae) -> str:
+    """The file that holds such a VAE in a published checkpoint."""
+    return "Wan2.2_VAE.safetensors" if vae.config.residual else "Wan2.1_VAE.safetensors"
+
+
 def write_vae(vae: CausalVae, folder: Path) -> None:
     """The VAE alone under its published name, bf16; `save_official` adds the rest of a model to it."""
-    from safetensors.torch import save_file
-
-    from wanloom.durable import atomic_path
-
     folder.mkdir(parents=True, exist_ok=True)
-    name = "Wan2.2_VAE.safetensors" if vae.config.residual else "Wan2.1_VAE.safetensors"
-    with atomic_path(folder / name) as part:
+    with atomic_path(folder / published_name(vae)) as part:
         save_file({k: v.bfloat16().contiguous() for k, v in vae.state_dict().items()}, part, metadata={"format": "pt"})
