@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "wanloom"
 
 FLOORS = (
-    ("errors", "durable"),
+    ("errors", "durable", "store"),
     ("models", "sampling", "request"),
     ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
-    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "preview", "preprocess"),
+    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "prompts", "preview", "preprocess"),
     ("conditioning", "results", "outputs", "work"),
     ("pipeline",),
     ("train", "server"),

@@ -584,7 +584,6 @@ def machine_fingerprint(device: str, noise_device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "cpu features": torch.backends.cpu.get_cpu_capability(),
         "onednn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]  # torch has no types here
-        "compile": "off",
         "noise device": noise_device.partition(":")[0],
     }
     if device != "cpu":

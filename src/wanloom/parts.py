@@ -32,6 +32,9 @@ from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
 from wanloom.models.vae import CausalVae
 from wanloom.runtime import machine
+from wanloom.runtime.attention import kernel_for, use_kernel
+from wanloom.runtime.compile import compile_blocks
+from wanloom.runtime.kernels import require_compiler
 from wanloom.variants import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,8 +45,11 @@ RESIDENT_SHARE = 0.25  # of the free memory that parts may take to stay loaded
 class Parts:
     """The modules of `variant` (as `checkpoint.survey` returned it) from `files`.
 
-    device: where they compute; text_device: where the text encoder does (default: the same).  resident: whether parts
-    stay loaded after use; None decides by size.
+    device: where they compute; text_device: where the text encoder does (default: the same).  attention: the kernel of
+    transformers by its name in `runtime.kernels` (None: torch's best); compile: whether their blocks are compiled.
+    resident: whether parts stay loaded after use; None decides by size.
+
+    Errors: E2038 and E8007 an attention kernel that is not known or not here, E8008 no compiler.
     """
 
     def __init__(
@@ -54,9 +60,15 @@ class Parts:
         device: str = "cpu",
         dtype: str = "float32",
         text_device: str | None = None,
+        attention: str | None = None,
+        compile: bool = False,
         resident: bool | None = None,
     ) -> None:
         self.variant, self.files = variant, files
+        self.attention, self.compile = attention, compile
+        self.kernel = kernel_for(attention, device)
+        if compile:
+            require_compiler(on_gpu=device != "cpu")
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
         self.resident = self._small() if resident is None else resident
         self.lora: Path | None = None
@@ -75,6 +87,10 @@ class Parts:
             names["audio"] = "float32"
         if self.text_device != self.device:
             names["text place"] = self.text_device
+        if self.attention is not None:
+            names["attention"] = self.attention
+        if self.compile:
+            names["compile"] = "blocks"
         return names
 
     @contextmanager
@@ -133,9 +149,17 @@ class Parts:
         dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
         device = self.text_device if part == "text" else self.device
         load_into(module, open_weights(path, kind=part), dtype=dtype, device=device)
-        if part == "dit" and self.lora is not None:
-            merge(module, read_lora(self.lora))
+        if part == "dit":
+            self._equip(module)
         return module.eval().requires_grad_(False)
+
+    def _equip(self, dit: Any) -> None:
+        """What a transformer is given from outside: a LoRA, the attention kernel, compiled blocks."""
+        if self.lora is not None:
+            merge(dit, read_lora(self.lora))
+        use_kernel(dit, self.kernel)
+        if self.compile:
+            compile_blocks(dit.blocks)
 
     def _small(self) -> bool:
         """Whether all parts together are small beside the free memory of the device."""

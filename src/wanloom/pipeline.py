@@ -87,7 +87,7 @@ class Pipeline:
 
     variant and files: what `checkpoint.survey` and `checkpoint.resolve` returned.  device "cpu" or "cuda[:n]" (None: a
     GPU when there is one), dtype "float32" or "bfloat16" (None: bfloat16 on a GPU), text_device: where the text encoder
-    runs (None: the same).
+    runs (None: the same), attention and compile: see `Parts`.
     """
 
     def __init__(
@@ -98,10 +98,15 @@ class Pipeline:
         device: str | None = None,
         dtype: str | None = None,
         text_device: str | None = None,
+        attention: str | None = None,
+        compile: bool = False,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
-        self.parts = Parts(variant, files, device=self.device, dtype=dtype, text_device=text_device)
+        self.parts = Parts(
+            variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
+            compile=compile,
+        )  # fmt: skip
         self.variant = variant
         self._identity = cache(identity)
 
@@ -537,12 +542,15 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     t5_cpu: bool = False,
+    attention: str | None = None,
+    compile: bool = False,
     **parts: str | Path,
 ) -> Pipeline:
     """A pipeline from a checkpoint directory, the name of a demo model, or nothing (the demo model of `task`).
 
-    Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  parts: single files
-    beside or instead of the directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
+    Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  device, dtype,
+    attention, compile: see `Pipeline`; t5_cpu: the text encoder on the CPU.  parts: single files beside or instead of
+    the directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
 
     Errors: E2001 weights are needed, E2002 an unknown task or several that fit, E4xxx what is wrong with the files.
     """
@@ -559,8 +567,10 @@ def load(
     else:
         variant = _variant_of(Path(name))
     files = resolve(variant, ckpt_dir=source, **parts)
-    text_device = "cpu" if t5_cpu else None
-    return Pipeline(survey(variant, files), files, device=device, dtype=dtype, text_device=text_device)
+    return Pipeline(
+        survey(variant, files), files, device=device, dtype=dtype, text_device="cpu" if t5_cpu else None,
+        attention=attention, compile=compile,
+    )  # fmt: skip
 
 
 def _variant_of(path: Path) -> Variant:

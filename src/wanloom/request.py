@@ -339,6 +339,12 @@ class Request:
     num: int = _option("run", parse_num, "how many videos, with seeds s, s+1, ...", default=1, metavar="N")
     device: str | None = _option("run", parse_device, "cpu, cuda or cuda:N", metavar="NAME")
     dtype: str | None = _option("run", parse_dtype, "float32 or bfloat16", metavar="NAME")
+    attention: str | None = _option(
+        "run", parse_text, "attention kernel; `wanloom doctor` names those that are here", metavar="NAME"
+    )
+    compile: bool = _option(
+        "run", parse_switch, "compile the transformer's blocks first: faster steps", default=False, switch=True
+    )
     t5_cpu: bool = _option("run", parse_switch, "run the text encoder on the CPU", default=False, switch=True)
     convert_model_dtype: bool = _option(
         "run", parse_switch, "transformer weights in bfloat16", default=False, switch=True

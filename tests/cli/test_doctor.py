@@ -56,3 +56,23 @@ def test_full_also_computes_and_tries_every_encoder(run):
     tried = json.loads(run("doctor", "--full", "--json").out)["tried"]
     assert re.fullmatch(r"\d+ GFLOP/s in float32 on the CPU", tried["matrix product"])
     assert {suffix: tried[suffix] for suffix in doctor.SUFFIXES} == dict.fromkeys(doctor.SUFFIXES, "works")
+
+
+def test_the_cache_is_shown_and_cleared(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANLOOM_CACHE", str(tmp_path))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "ab.safetensors").write_bytes(bytes(3000))
+    shown = run("doctor", "--cache", "--json")
+    assert json.loads(shown.out) == {
+        "directory": str(tmp_path), "kinds": {"prompts": {"files": 1, "bytes": 3000}}, "freed": 0,
+    }  # fmt: skip
+    cleared = run("doctor", "--cache", "clear")
+    assert "freed" in cleared.out and not (tmp_path / "prompts").exists()
+
+
+def test_attention_kernels_are_listed_and_timed(run):
+    found = json.loads(run("doctor", "--measure", "--json").out)
+    assert found["attention"]["sdpa"] is None and "NVIDIA" in found["attention"]["flash-3"]
+    here = {name for name, reason in found["attention"].items() if reason is None}
+    assert set(found["measured"]) == here
+    assert all(row["seconds"] > 0 and 1e-4 < row["error"] < 2e-2 for row in found["measured"].values())

@@ -1,12 +1,12 @@
 """`wanloom doctor`: what is installed and what this machine can do, without importing torch.
 
 Versions come from the installed packages' records, the CPU and memory from the operating system, GPUs from the driver.
-`--full` also starts torch and tries every video encoder, which takes some seconds.
+`--full` also starts torch and tries every video encoder, which takes some seconds; `--measure` times the attention
+kernels that are here.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import re
@@ -17,11 +17,12 @@ from typing import Any
 
 import click
 
-from wanloom import __version__
+from wanloom import __version__, store
 from wanloom.cli.console import bytes_text, rich_console
 from wanloom.cli.options import Command
 from wanloom.request import SUFFIXES
 from wanloom.runtime import machine
+from wanloom.runtime.kernels import KERNEL_FACTS
 
 # Package -> the oldest version that works (pyproject.toml has the same numbers; a test compares them).
 PACKAGES = {
@@ -37,9 +38,6 @@ PACKAGES = {
     "ftfy": "6.3",
 }
 
-# Attention libraries by import name. This version computes attention with torch alone; the others are only reported.
-KERNELS = {"flash_attn": "flash-attn 2", "flash_attn_interface": "flash-attn 3", "sageattention": "sageattention"}
-
 # Encoder libraries that PyAV's wheels carry -> what they write.
 ENCODERS = {"x264": "H.264 (.mp4 .mkv)", "vpx": "VP9 (.webm)", "x265": "H.265", "SvtAv1Enc": "AV1"}
 
@@ -47,12 +45,22 @@ ENCODERS = {"x264": "H.264 (.mp4 .mkv)", "vpx": "VP9 (.webm)", "x265": "H.265", 
 @click.command("doctor", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 @click.option("--full", is_flag=True, help="Also start torch and try the encoders (some seconds).")
+@click.option("--measure", is_flag=True, help="Also time the attention kernels that are here (up to a minute).")
+@click.option(
+    "--cache", type=click.Choice(("show", "clear")), is_flag=False, flag_value="show",
+    help="Only show the cache directory and its size, or clear it.",
+)  # fmt: skip
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, full: bool) -> int:
+def command(ctx: click.Context, as_json: bool, full: bool, measure: bool, cache: str | None) -> int:
     """What is installed and what this machine can do. Exit 8 when something that every run needs is missing."""
+    if cache is not None:
+        show_cache(clear=cache == "clear", as_json=as_json)
+        return 0
     facts = examine()
     if full:
         facts["tried"] = try_out()
+    if measure:
+        facts["measured"] = measure_kernels(facts["attention"])
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -85,7 +93,7 @@ def examine() -> dict[str, Any]:
         "memory": {"total": memory[0], "available": memory[1]} if memory else None,
         "gpus": [vars(gpu) for gpu in gpus],
         "driver": machine.driver_version(),
-        "attention": {"used": "sdpa (torch)", "found": [KERNELS[name] for name in KERNELS if _importable(name)]},
+        "attention": attention_kernels(gpus[0].capability if gpus and build != "cpu" else None),
         "encoders": bundled_encoders(),
         "disk_free": machine.disk_free(Path.cwd()),
         "demo_models": _demo_models(),
@@ -123,7 +131,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         f"compute capability {'.'.join(map(str, gpu['capability']))}"
         for gpu in facts["gpus"]
     ]
-    found = facts["attention"]["found"]
+    here = [name for name, reason in facts["attention"].items() if reason is None]
     demos = [f"{name} ({status})" for name, status in facts["demo_models"].items()]
     rows = [
         ("wanloom", facts["wanloom"]),
@@ -136,17 +144,45 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("memory", f"{bytes_text(memory['available'])} free of {bytes_text(memory['total'])}" if memory else "unknown"),
         ("GPU", "; ".join(gpus) or "none found"),
-        (
-            "attention",
-            facts["attention"]["used"] + (f"; also installed, not used: {', '.join(found)}" if found else ""),
-        ),
+        ("attention", ", ".join(here)),
         ("encoders", ", ".join(facts["encoders"]) or "not known without trying: --full"),
         ("disk", f"{bytes_text(facts['disk_free'])} free here"),
         ("demo models", ", ".join(demos) or "none"),
     ]
     if facts["driver"]:
         rows.insert(7, ("driver", f"NVIDIA {facts['driver']}"))
-    return rows + [(f"tried: {name}", value) for name, value in facts.get("tried", {}).items()]
+    rows += [(f"tried: {name}", value) for name, value in facts.get("tried", {}).items()]
+    return rows + [(f"attention: {name}", _measured(row)) for name, row in facts.get("measured", {}).items()]
+
+
+def _measured(row: dict[str, Any]) -> str:
+    return (
+        f"{1000 * row['seconds']:.1f} ms, {row['flops'] / row['seconds'] / 1e12:.2f} TFLOP/s, error {row['error']:.0e}"
+    )
+
+
+def attention_kernels(capability: tuple[int, int] | None) -> dict[str, str | None]:
+    """Each kernel of `--attention` and why it is not to be had here; None: it is."""
+    return {name: facts.missing(capability) for name, facts in KERNEL_FACTS.items()}
+
+
+def measure_kernels(kernels: dict[str, str | None]) -> dict[str, dict[str, float]]:
+    """Seconds, operations and relative error of each kernel that is here, on random numbers."""
+    from wanloom.runtime import selftest
+
+    return {name: selftest.time_kernel(name) for name, reason in kernels.items() if reason is None}
+
+
+def show_cache(*, clear: bool, as_json: bool) -> None:
+    """The cache directory and what is in it, on stdout; with `clear` it is emptied first."""
+    freed = store.clear() if clear else 0
+    kinds = {kind: {"files": count, "bytes": size} for kind, (count, size) in store.sizes().items()}
+    if as_json:
+        print(json.dumps({"directory": str(store.home()), "kinds": kinds, "freed": freed}, indent=2))
+        return
+    print(f"{store.home()}" + (f": {bytes_text(freed)} freed" if clear else ""))
+    for kind, found in kinds.items():
+        print(f"{store.KINDS[kind]}: {found['files']} files, {bytes_text(found['bytes'])}")
 
 
 def bundled_encoders() -> list[str]:
@@ -187,10 +223,6 @@ def _version(name: str) -> str | None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
-
-
-def _importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _torch_build(torch_version: str | None) -> str:

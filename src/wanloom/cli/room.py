@@ -11,11 +11,27 @@ from wanloom.cli.doctor import torch_has_gpu_build
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.request import Request
 from wanloom.runtime import machine
+from wanloom.runtime.kernels import require_compiler, require_kernel
 
 PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
 
 
 def check_machine(request: Request) -> None:
+    """What was asked for must be there. Errors: E8002 a GPU, E2038 and E8007 a kernel, E8008 a compiler."""
+    _check_gpu(request)
+    on_gpu = runs_on_gpu(request)
+    if request.attention is not None:
+        require_kernel(request.attention, machine.gpus()[_index(request)].capability if on_gpu else None)
+    if request.compile:
+        require_compiler(on_gpu=on_gpu)
+
+
+def _index(request: Request) -> int:
+    """The number of the GPU that was asked for."""
+    return int((request.device or "").partition(":")[2] or 0)
+
+
+def _check_gpu(request: Request) -> None:
     """A GPU that was asked for must be there. Error: E8002, which names the way without one."""
     wanted = [value for value in (request.device, request.noise_device) if value not in (None, "cpu")]
     if not wanted:
@@ -46,7 +62,7 @@ def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have
     """Free bytes of disk, memory and the GPU that would be used; what cannot be known counts as enough."""
     memory = machine.memory()
     graphics = machine.gpus() if on_gpu else ()
-    index = int((request.device or "").partition(":")[2] or 0)
+    index = _index(request)
     return budget.Have(
         disk=machine.disk_free(folder),
         host=memory[1] if memory else PLENTY,

@@ -37,6 +37,8 @@ def make(run: Prepared) -> Result:
         device=request.device,
         dtype=request.dtype or ("bfloat16" if request.convert_model_dtype else None),
         text_device="cpu" if request.t5_cpu else None,
+        attention=request.attention,
+        compile=request.compile,
     )
     with open_view() as view:
         # A continued run knows its files itself; naming them again could only contradict it.

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanloom.conditioning import Conditioning
-from wanloom.encoders import encode_text
 from wanloom.parts import Parts
 from wanloom.plan import Plan
+from wanloom.prompts import encode
 
 
 def condition(parts: Parts, plan: Plan, pictures: Mapping[str, Any]) -> Conditioning:
@@ -17,8 +17,6 @@ def condition(parts: Parts, plan: Plan, pictures: Mapping[str, Any]) -> Conditio
     Rows beyond the end of a text are zero; the transformer reads them too (official wan/text2video.py).
     """
     guided = any(span.guidance != 1 for span in plan.spans)
-    with parts.use("text") as encoder:
-        texts = (plan.prompt, plan.negative_prompt) if guided else (plan.prompt,)
-        length = parts.variant.dit.text_len
-        contexts = [encode_text(encoder, parts.tokenizer, [text], length) for text in texts]
+    texts = (plan.prompt, plan.negative_prompt) if guided else (plan.prompt,)
+    contexts = encode(parts, texts)
     return Conditioning({"context": contexts[0]}, {"context": contexts[1]} if guided else None)

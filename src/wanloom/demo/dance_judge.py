@@ -344,8 +344,9 @@ def _find_limbs(costs: Floats, body: _Body, outfit: Outfit) -> dict[str, Limb]:
 def halved(video: Pixels) -> Pixels:
     """A video [F, 128, 128, 3] at half its size, for the judge: the mean of four pixels each."""
     frames, height, width, _ = video.shape
-    mean = video.reshape(frames, height // 2, 2, width // 2, 2, 3).mean((2, 4))
-    return mean.round().astype(np.uint8)
+    mean: Floats = video.reshape(frames, height // 2, 2, width // 2, 2, 3).mean((2, 4))
+    half: Pixels = mean.round().astype(np.uint8)
+    return half
 
 
 def judge(video: Pixels, what: Dance) -> Verdict:

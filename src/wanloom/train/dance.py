@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.conditioning.animate import with_mask
-from wanloom.demo import dance
+from wanloom.demo import dance, dance_judge
 from wanloom.demo.cases import FACE, faces
 from wanloom.demo.figures import dressed_figure
 from wanloom.encoders import build_clip, encode_image
@@ -28,7 +28,7 @@ class DanceTask(PeopleTask):
     """Figures that dance."""
 
     sentences = DANCES
-    seen = ("psnr",)
+    seen = ("psnr", "distance", "colours")
 
     def _cache(self, digest: str, purpose: int, count: int) -> LatentCache:
         assert self.variant.clip is not None
@@ -49,8 +49,12 @@ class DanceTask(PeopleTask):
         return what, room, 0 if i % 2 == 0 else (1 if rng.random() < 0.5 else 5)
 
     def shown(self, i: int) -> np.ndarray:
+        return dance.perform(self._wanted(i), size=self.size)
+
+    def _wanted(self, i: int) -> dance.Dance:
+        """Held-out sample i, the person in the room where it is to dance."""
         what, room, _ = self.scene(HELD_OUT, i)
-        return dance.perform(what if room is None else replace(what, room=room), size=self.size)
+        return what if room is None else replace(what, room=room)
 
     @torch.no_grad()
     def _sample_tensors(self, purpose: int, i: int) -> dict[str, Tensor]:
@@ -119,4 +123,5 @@ class DanceTask(PeopleTask):
         return [to_frames(video.float()) for video in videos]
 
     def judge(self, i: int, video: np.ndarray) -> list[float]:
-        return [psnr(self.shown(i), video)]
+        verdict = dance_judge.judge(video, self._wanted(i))
+        return [psnr(self.shown(i), video), verdict.distance, float(verdict.colours)]

@@ -30,7 +30,7 @@ from wanloom.models.config import DiTConfig
 from wanloom.models.dit import DiT, init_for_training, rope_table
 from wanloom.models.layers import Scene
 from wanloom.models.vae import CausalVae
-from wanloom.runtime.attention import use_kernel
+from wanloom.runtime.attention import KERNELS, use_kernel
 from wanloom.sampling.samplers import SAMPLERS
 from wanloom.sampling.schedule import make_schedule
 from wanloom.train.data import (
@@ -121,7 +121,7 @@ class FlowTask:
         if self.live is not None:  # noise and nothing else comes in through the others
             with torch.no_grad():
                 self.dit.patch_embedding.weight[:, : len(live)][:, ~self.live] = 0
-        use_kernel(self.dit, "plain")
+        use_kernel(self.dit, KERNELS["plain"])
         for block in self.dit.blocks if self.recipe.compile else ():
             block.compile(dynamic=False)
         for block in self.dit.blocks if self.recipe.checkpointing else ():

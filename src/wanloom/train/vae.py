@@ -146,10 +146,10 @@ class VaeTask:
         """What held-out clip i shows, in words, and what is left of that."""
         if self.recipe.data.world == "dance":
             what = dance.sample_dance(stream(self.recipe.seed, HELD_OUT, i), len(pixels), split="held_out")
-            clean, rough = (dance_judge.judge(video, what) for video in (out, noisy))
+            dances, shaky = (dance_judge.judge(video, what) for video in (out, noisy))
             return "a figure", {
-                "psnr_noisy": psnr(pixels, noisy), "distance": clean.distance, "distance_noisy": rough.distance,
-                "colours": float(clean.colours),
+                "psnr_noisy": psnr(pixels, noisy), "distance": dances.distance, "distance_noisy": shaky.distance,
+                "colours": float(dances.colours),
             }  # fmt: skip
         if self.recipe.data.world == "talk":
             mouth = observe(pixels).mouth

@@ -1,0 +1,101 @@
+"""Which attention kernels and compilers this machine has: facts and checks without torch.
+
+`attention.py` has the functions themselves.  Exact kernels differ from one another by rounding alone; near ones compute
+in 8 bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from wanloom.errors import InputError, did_you_mean
+
+Capability = tuple[int, int]
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported; nothing of it is run."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """An attention kernel: what it is, whether it is exact, and what it needs.
+
+    library: the module that must be installed; least, most: compute capabilities of the GPUs it runs on (None: it also
+    runs on a CPU).
+    """
+
+    about: str
+    exact: bool = True
+    library: str | None = None
+    package: str = ""
+    least: Capability | None = None
+    most: Capability | None = None
+
+    def missing(self, capability: Capability | None, there: Callable[[str], bool] = installed) -> str | None:
+        """Why it does not run on a GPU of this capability (None: on a CPU), in words; None: it does."""
+        if self.least is not None and capability is None:
+            return "needs an NVIDIA GPU"
+        if self.least is not None and capability is not None and capability < self.least:
+            return f"needs compute capability {_text(self.least)}, this GPU has {_text(capability)}"
+        if self.most is not None and capability is not None and capability > self.most:
+            return f"runs up to compute capability {_text(self.most)}, this GPU has {_text(capability)}"
+        if self.library is not None and not there(self.library):
+            return f"needs the package {self.package}"
+        return None
+
+
+def _text(capability: Capability) -> str:
+    return ".".join(map(str, capability))
+
+
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+KERNEL_FACTS: dict[str, KernelFacts] = {
+    "sdpa": KernelFacts("torch's attention; cuDNN first on Hopper and later, else as torch chooses"),
+    "sdpa-cudnn": KernelFacts("torch's attention by cuDNN and nothing else", least=AMPERE),
+    "sdpa-flash": KernelFacts("torch's own FlashAttention 2; on a CPU its blocked form"),
+    "sdpa-efficient": KernelFacts("torch's memory-efficient attention", least=(5, 0)),
+    "sdpa-math": KernelFacts("two matrix products and a softmax, by torch; holds all scores"),
+    "plain": KernelFacts("the same in our own words; trains short sequences faster on a CPU"),
+    "flash-2": KernelFacts("FlashAttention 2", library="flash_attn", package="flash-attn", least=AMPERE),
+    "flash-3": KernelFacts(
+        "FlashAttention 3", library="flash_attn_interface", package="flash-attn-3", least=HOPPER, most=(9, 9)
+    ),
+    "flash-4": KernelFacts("FlashAttention 4", library="flash_attn.cute", package="flash-attn-4", least=HOPPER),
+    "sage": KernelFacts(
+        "SageAttention: 8-bit scores", exact=False, library="sageattention", package="sageattention", least=AMPERE
+    ),
+}
+
+
+def check_kernel(name: str) -> str:
+    """The name itself.  Error: E2038 when there is no such kernel."""
+    if name not in KERNEL_FACTS:
+        raise InputError("E2038", f"attention: '{name}' is not known. {did_you_mean(name, KERNEL_FACTS)}")
+    return name
+
+
+def require_kernel(name: str, capability: Capability | None) -> None:
+    """Error: E8007 when this machine does not have the kernel."""
+    reason = KERNEL_FACTS[check_kernel(name)].missing(capability)
+    if reason is not None:
+        raise InputError("E8007", f"attention: {name} {reason}. Leave --attention out, or see `wanloom doctor`.")
+
+
+COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def require_compiler(*, on_gpu: bool) -> None:
+    """Error: E8008 when code cannot be compiled here: a CPU's needs a C++ compiler, a GPU's needs Triton."""
+    if on_gpu and not installed("triton"):
+        raise InputError("E8008", "compile: the package triton is missing. Install it, or leave --compile out.")
+    if not on_gpu and not any(map(shutil.which, COMPILERS)):
+        named = ", ".join(COMPILERS)
+        raise InputError("E8008", f"compile: no C++ compiler is here ({named}). Install one, or leave --compile out.")
