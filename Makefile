@@ -2,7 +2,7 @@
 # Choices:  make demo PYTHON=python3.12    make demo TORCH=cpu|cuda|cu130|<what pip takes>    make test VENV=/else/where
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check faults bench install install-dev clean
+.PHONY: help demo test check faults matrix bench install install-dev clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## install what is missing and make a video with the b
 	@$(BIN)/wanloom demo
 
 test: check  ## the same with the development tools, then style, types and all tests
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults and not matrix"
 
 check: $(VENV)/.installed-dev  ## style and types only
 	$(BIN)/ruff format --check .
@@ -27,6 +27,9 @@ check: $(VENV)/.installed-dev  ## style and types only
 
 faults: $(VENV)/.installed-dev  ## the long fault-injection runs: kills at every point, damaged files
 	$(BIN)/python -m pytest -m faults
+
+matrix: $(VENV)/.installed-dev  ## every model on every layout of several processes (half an hour)
+	$(BIN)/python -m pytest -m matrix
 
 bench: $(VENV)/.installed-dev  ## speed and memory beside diffusers, on this CPU
 	$(BIN)/python benchmarks/cpu.py

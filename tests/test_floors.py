@@ -18,9 +18,9 @@ FLOORS = (
     ("models", "sampling", "request"),
     ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
     ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "prompts", "preview", "preprocess"),
-    ("conditioning", "results", "outputs", "work"),
+    ("conditioning", "results", "outputs", "work", "shortcuts"),
     ("pipeline",),
-    ("train", "server"),
+    ("calibrate", "train", "server"),
     ("cli", "__init__", "__main__"),
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

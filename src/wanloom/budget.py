@@ -8,13 +8,14 @@ widest point, with the allocations named; the tests and docs say how it was meas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Protocol
 
 from wanloom.checkpoint.shapes import adapter_shapes, audio_shapes
+from wanloom.errors import InputError
 from wanloom.models.config import (
     AnimateConfig,
     AudioConfig,
@@ -34,6 +35,7 @@ HOST_BASE = 500 * 2**20
 CUDA_HOST = 3 * 2**30
 GPU_BASE = 600 * 2**20
 
+SLOTS = 2  # blocks of a streamed transformer that are there beside the resident ones
 AUDIO_RATE = 16_000  # samples a second that wav2vec2 reads
 
 
@@ -86,12 +88,18 @@ class Sized(Protocol):
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 
-def dit_parameters(config: DiTConfig) -> int:
-    """Parameters of one transformer (one expert)."""
+def block_parameters(config: DiTConfig) -> int:
+    """Parameters of one block, without what adapters put into it."""
     dim, ffn = config.dim, config.ffn_dim
-    patch = config.patch[0] * config.patch[1] * config.patch[2]
     attention = 4 * (dim * dim + dim) + 2 * dim  # q, k, v, o with biases; the norms of q and k
     block = 6 * dim + 2 * attention + 2 * dim + 2 * dim * ffn + ffn + dim
+    return block if config.image_dim is None else block + 2 * (dim * dim + dim) + dim  # k_img, v_img, norm of k_img
+
+
+def dit_parameters(config: DiTConfig) -> int:
+    """Parameters of one transformer (one expert)."""
+    dim = config.dim
+    patch = config.patch[0] * config.patch[1] * config.patch[2]
     embeddings = (
         config.in_channels * patch * dim + dim
         + config.text_dim * dim + dim + dim * dim + dim
@@ -101,10 +109,10 @@ def dit_parameters(config: DiTConfig) -> int:
     image = 0
     if config.image_dim is not None:
         wide = config.image_dim
-        block += 2 * (dim * dim + dim) + dim  # k_img, v_img and the norm of k_img
         image = 2 * wide + wide * wide + wide + wide * dim + dim + 2 * dim
         image += (config.image_positions or 0) * wide
-    return embeddings + config.layers * block + head + image + _adapter_parameters(config)
+    blocks = config.layers * block_parameters(config)
+    return embeddings + blocks + head + image + _adapter_parameters(config)
 
 
 def _adapter_parameters(config: DiTConfig) -> int:
@@ -233,10 +241,39 @@ def parameters(variant: Variant) -> dict[str, int]:
     return counts
 
 
-def part_bytes(variant: Variant, dtype: str) -> dict[str, int]:
-    """Part -> bytes when loaded: dit (one expert), text and clip in `dtype`; VAE and audio encoder in float32."""
+def part_bytes(
+    variant: Variant, dtype: str, *, quantise: str | None = None, resident_blocks: int | None = None
+) -> dict[str, int]:
+    """Part -> bytes when loaded: dit (one expert), text and clip in `dtype`; VAE and audio encoder in float32.
+
+    quantise: whether the matrices of transformer and text encoder have 8 bits (see `_narrow`).  resident_blocks: how
+    many blocks of the transformer stay, beside the two that come and go; None: all.
+    """
     counts = parameters(variant)
-    return {part: count * (4 if part in ("vae", "audio") else DTYPE_BYTES[dtype]) for part, count in counts.items()}
+    sizes = {part: count * (4 if part in ("vae", "audio") else DTYPE_BYTES[dtype]) for part, count in counts.items()}
+    block = block_bytes(variant.dit, dtype, quantise)
+    if quantise is not None:
+        sizes["dit"] -= variant.dit.layers * (block_bytes(variant.dit, dtype) - block)
+        text = variant.text
+        sizes["text"] -= text.layers * _narrow(3 * text.dim * text.ffn_dim, 2 * text.ffn_dim + text.dim, dtype)
+    if resident_blocks is not None:
+        sizes["dit"] -= max(0, variant.dit.layers - resident_blocks - SLOTS) * block
+    return sizes
+
+
+def block_bytes(config: DiTConfig, dtype: str, quantise: str | None = None) -> int:
+    """Bytes of one block of a transformer, without what adapters put into it."""
+    size = block_parameters(config) * DTYPE_BYTES[dtype]
+    if quantise is None:
+        return size
+    squares = 8 if config.image_dim is None else 10
+    weights = squares * config.dim**2 + 2 * config.dim * config.ffn_dim
+    return size - _narrow(weights, (squares + 1) * config.dim + config.ffn_dim, dtype)
+
+
+def _narrow(weights: int, rows: int, dtype: str) -> int:
+    """Bytes that so many weights save in 8 bits, with a float32 scale for each row."""
+    return weights * (DTYPE_BYTES[dtype] - 1) - 4 * rows
 
 
 # --- operations ----------------------------------------------------------------------------------------------------
@@ -507,13 +544,19 @@ class Shortage:
     have: int
 
 
-def need(plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_cpu: bool = False) -> Need:
+def need(
+    plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_cpu: bool = False,
+    quantise: str | None = None, resident_blocks: int | None = None,
+) -> Need:  # fmt: skip
     """Bytes and operations of a run whose parts are loaded for their stage and released after it.
 
     On a GPU the host holds the finished frames and, one at a time, tensors on their way; and the text stage when the
     encoder stays on the CPU (t5_cpu).  Of a video in clips it holds those of a clip and of the past of the next.
+    quantise and resident_blocks: see `part_bytes`; what is quantised and streamed waits in the host's memory.
     """
-    stages = _stages(plan, variant, dtype)
+    stages = _stages(
+        plan, variant, dtype, part_bytes(variant, dtype, quantise=quantise, resident_blocks=resident_blocks)
+    )
     shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
     frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
     if not on_gpu:
@@ -522,14 +565,17 @@ def need(plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_
     passing = (4 + DTYPE_BYTES[dtype]) * max(
         variant.text.vocab * variant.text.dim, variant.dit.dim * variant.dit.ffn_dim
     )
-    host = HOST_BASE + CUDA_HOST + frames + max(passing, text.bytes if t5_cpu else 0)
+    waiting = 0
+    if resident_blocks is not None:
+        waiting = (SLOTS if quantise is None else variant.dit.layers) * block_bytes(variant.dit, dtype, quantise)
+    host = HOST_BASE + CUDA_HOST + frames + max(passing, waiting, text.bytes if t5_cpu else 0)
     gpu = GPU_BASE + max(stage.bytes for stage in (rest if t5_cpu else stages))
     return Need(disk_bytes(plan), host, gpu, stages)
 
 
-def _stages(plan: Sized, variant: Variant, dtype: str) -> tuple[StageNeed, ...]:
+def _stages(plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int]) -> tuple[StageNeed, ...]:
     """text, audio and image (when there are such), denoise, decode: in the order they run, parts coming and going."""
-    work, part = flops(plan, variant), part_bytes(variant, dtype)
+    work = flops(plan, variant)
     reading = text_activations(variant.text, variant.dit.text_len, dtype)
     stages = [StageNeed("text", part["text"], reading, work["text"])]
     if variant.audio is not None:
@@ -547,6 +593,21 @@ def _stages(plan: Sized, variant: Variant, dtype: str) -> tuple[StageNeed, ...]:
         StageNeed("decode", part["vae"], vae_activations(variant.vae, plan.size, decode=True), work["decode"])
     )
     return tuple(stages)
+
+
+def check_blocks(count: int | None, *, changed: str | None, on_gpu: bool) -> int | None:
+    """The number of resident blocks itself.  Error: E2040 when it is none, or when nothing could come and go.
+
+    changed: "quantise" or "a LoRA", which change blocks after they were read.
+    """
+    if count is None:
+        return None
+    if type(count) is not int or count < 0:
+        raise InputError("E2040", f"resident-blocks: got {count}, expected a whole number, 0 or more.")
+    if changed is not None and not on_gpu:
+        text = f"resident-blocks: conflicts with {changed} on a CPU, where changed blocks wait in the same memory"
+        raise InputError("E2040", f"{text}. Leave one of them out.")
+    return count
 
 
 def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:

@@ -23,21 +23,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanloom.budget import part_bytes
+from wanloom.budget import check_blocks, part_bytes
+from wanloom.checkpoint.blocks import load_streamed
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.load import load_into
 from wanloom.checkpoint.lora import merge, read_lora
-from wanloom.checkpoint.weights import list_files, open_weights
+from wanloom.checkpoint.packed import holds_packed, load_packed
+from wanloom.checkpoint.weights import Weights, list_files, open_weights
 from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
 from wanloom.models.vae import CausalVae
 from wanloom.runtime import machine
-from wanloom.runtime.attention import kernel_for, use_kernel
+from wanloom.runtime.attention import capability_of, kernel_for, use_kernel
 from wanloom.runtime.compile import compile_blocks
-from wanloom.runtime.kernels import require_compiler
+from wanloom.runtime.kernels import require_compiler, require_method
+from wanloom.runtime.quant import quantise
+from wanloom.runtime.streaming import Fill, HostBlocks, Streamed
 from wanloom.variants import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKED = ("dit", "text")  # parts whose weights may be kept in few bits
 WIDE = ("vae", "audio")  # parts that are loaded in float32, whatever the others are
 RESIDENT_SHARE = 0.25  # of the free memory that parts may take to stay loaded
 
@@ -47,9 +52,13 @@ class Parts:
 
     device: where they compute; text_device: where the text encoder does (default: the same).  attention: the kernel of
     transformers by its name in `runtime.kernels` (None: torch's best); compile: whether their blocks are compiled.
+    quantise: how transformers and text encoder keep their weights, a name of `runtime.quant.METHODS`; None: as their
+    files do (what is there in 8 bits or in GGUF's blocks stays so, which gives the bits that widening it gives).
+    resident_blocks: how many blocks of a transformer stay in memory while the others come and go; None: all.
     resident: whether parts stay loaded after use; None decides by size.
 
-    Errors: E2038 and E8007 an attention kernel that is not known or not here, E8008 no compiler.
+    Errors: E2038, E8007 an attention kernel that is not known or not here, E2039, E8009 the same of a way to quantise,
+    E2040 blocks that cannot come and go, E8008 no compiler.
     """
 
     def __init__(
@@ -62,13 +71,20 @@ class Parts:
         text_device: str | None = None,
         attention: str | None = None,
         compile: bool = False,
+        quantise: str | None = None,
+        resident_blocks: int | None = None,
         resident: bool | None = None,
     ) -> None:
         self.variant, self.files = variant, files
-        self.attention, self.compile = attention, compile
+        self.attention, self.compile, self.quantise = attention, compile, quantise
         self.kernel = kernel_for(attention, device)
         if compile:
             require_compiler(on_gpu=device != "cpu")
+        if quantise is not None:
+            require_method(quantise, capability_of(device))
+        self.resident_blocks = check_blocks(
+            resident_blocks, changed=None if quantise is None else "quantise", on_gpu=device != "cpu"
+        )
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
         self.resident = self._small() if resident is None else resident
         self.lora: Path | None = None
@@ -91,6 +107,8 @@ class Parts:
             names["attention"] = self.attention
         if self.compile:
             names["compile"] = "blocks"
+        if self.quantise is not None:
+            names["weights"] = self.quantise
         return names
 
     @contextmanager
@@ -112,9 +130,13 @@ class Parts:
                 release(module)
 
     def wear(self, lora: Path | None) -> None:
-        """From now on every transformer is loaded with this LoRA in its weights, or with none; others are let go."""
+        """From now on every transformer is loaded with this LoRA in its weights, or with none; others are let go.
+
+        Error: E2040 where blocks come and go and cannot be changed.
+        """
         if lora == self.lora:
             return
+        check_blocks(self.resident_blocks, changed=None if lora is None else "a LoRA", on_gpu=self.device != "cpu")
         self.lora = lora
         for key in [key for key in self._loaded if key[0] == "dit"]:
             release(self._loaded.pop(key))
@@ -148,18 +170,49 @@ class Parts:
             module = BUILD[part](self.variant)
         dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
         device = self.text_device if part == "text" else self.device
-        load_into(module, open_weights(path, kind=part), dtype=dtype, device=device)
+        weights = open_weights(path, kind=part)
         if part == "dit":
-            self._equip(module)
+            self._fill_dit(module, weights, dtype)
+        elif part in PACKED and (self.quantise or holds_packed(weights)):
+            load_packed(module, weights, dtype=dtype, device=device, how=self.quantise)
+        else:
+            load_into(module, weights, dtype=dtype, device=device)
         return module.eval().requires_grad_(False)
 
-    def _equip(self, dit: Any) -> None:
-        """What a transformer is given from outside: a LoRA, the attention kernel, compiled blocks."""
-        if self.lora is not None:
-            merge(dit, read_lora(self.lora))
+    def _fill_dit(self, dit: Any, weights: Weights, dtype: torch.dtype) -> None:
+        """A transformer with its weights, and what it is given from outside.
+
+        Blocks that come and go are read from their files; quantised or changed by a LoRA, from the host's memory.
+        """
+        source: Fill | HostBlocks | None = None
+        if self.resident_blocks is None:
+            self._fill_whole(dit, weights, dtype, self.device)
+        elif self.quantise is None and self.lora is None:
+            source = load_streamed(dit, weights, dtype=dtype, device=self.device)
+        else:
+            self._fill_whole(dit, weights, dtype, "cpu")
+            source = HostBlocks(dit.blocks, pinned=True)
+            for name, child in dit.named_children():
+                if name not in ("blocks", "trunk"):
+                    child.to(self.device)
+        dit.eval().requires_grad_(False)
+        if source is not None:
+            dit.trunk = Streamed(dit.trunk, source, self.device, resident=self.resident_blocks or 0)
         use_kernel(dit, self.kernel)
         if self.compile:
             compile_blocks(dit.blocks)
+
+    def _fill_whole(self, dit: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
+        """All weights of a transformer on a device; a LoRA goes into whole weights, which are quantised after it."""
+        if self.lora is not None:
+            load_into(dit, weights, dtype=dtype, device=device)
+            merge(dit, read_lora(self.lora))
+            if self.quantise is not None:
+                quantise(dit, self.quantise, device=self.device)
+        elif self.quantise is not None or holds_packed(weights):
+            load_packed(dit, weights, dtype=dtype, device=device, how=self.quantise)
+        else:
+            load_into(dit, weights, dtype=dtype, device=device)
 
     def _small(self) -> bool:
         """Whether all parts together are small beside the free memory of the device."""
@@ -189,6 +242,9 @@ def _there(config: Any, variant: Variant) -> Any:
 
 def release(module: nn.Module) -> None:
     """Free a module's memory now, whoever still holds a reference to it."""
+    for part in module.modules():
+        if isinstance(part, Streamed):
+            part.close()
     on_gpu = any(tensor.is_cuda for tensor in module.parameters())
     module.to("meta")
     gc.collect()

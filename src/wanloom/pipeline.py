@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -58,7 +58,8 @@ from wanloom.preview import Previewer
 from wanloom.request import Request
 from wanloom.results import Event, Result, Video
 from wanloom.sampling.samplers import SAMPLERS, Step, Velocity, hold
-from wanloom.sampling.velocity import Experts, Forward, conditioned, guided
+from wanloom.sampling.velocity import Experts, Forward, conditioned
+from wanloom.shortcuts import Shortcuts
 from wanloom.speaking import spoken
 from wanloom.variants import TASKS, VARIANTS, Variant, variant_for
 from wanloom.work import Order, Work
@@ -87,7 +88,7 @@ class Pipeline:
 
     variant and files: what `checkpoint.survey` and `checkpoint.resolve` returned.  device "cpu" or "cuda[:n]" (None: a
     GPU when there is one), dtype "float32" or "bfloat16" (None: bfloat16 on a GPU), text_device: where the text encoder
-    runs (None: the same), attention and compile: see `Parts`.
+    runs (None: the same), and how parts are computed and kept: see `Parts`.
     """
 
     def __init__(
@@ -100,15 +101,18 @@ class Pipeline:
         text_device: str | None = None,
         attention: str | None = None,
         compile: bool = False,
+        quantise: str | None = None,
+        resident_blocks: int | None = None,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
         self.parts = Parts(
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
-            compile=compile,
+            compile=compile, quantise=quantise, resident_blocks=resident_blocks,
         )  # fmt: skip
         self.variant = variant
         self._identity = cache(identity)
+        self.make_shortcuts: Callable[[Plan, Variant, Files], Shortcuts] = Shortcuts  # what measures stands in for it
 
     def __call__(self, prompt: str, **fields: Any) -> Video:
         """Make one video; `fields` are those of `Request` (seed=1, size="832x480", image="cat.png", ...)."""
@@ -152,11 +156,12 @@ class Pipeline:
         """The same for a request that has its sound."""
         order = self.prepare(request)
         self.parts.wear(order.lora)
+        shortcuts = self.make_shortcuts(order.plan, self.variant, self.parts.files)
         outputs = files_to_write(out, folder, len(order.plans))
         self._preflight(order, outputs, resuming=folder is not None)
-        job, notice = self._open(order, outputs, folder)
+        job, notice = self._open(order, outputs, folder, shortcuts)
         with job:
-            work = Work(order, outputs, job, self.device)
+            work = Work(order, outputs, job, self.device, shortcuts)
             if notice:
                 yield work.event("encode", 0, 1, message=notice)
             if order.plan.in_clips:
@@ -195,7 +200,10 @@ class Pipeline:
         """Ask everything that could go wrong after the work: places, disk, encoder, GPU memory."""
         request, plan = order.request, order.plan
         on_gpu = self.device != "cpu"
-        need = budget.need(plan, self.variant, self.parts.dtype, on_gpu=on_gpu)
+        need = budget.need(
+            plan, self.variant, self.parts.dtype, on_gpu=on_gpu, quantise=self.parts.quantise,
+            resident_blocks=self.parts.resident_blocks,
+        )  # fmt: skip
         for path in outputs:
             overwrite = request.overwrite or resuming  # a continued job looks at the file itself
             media.check_output(path, overwrite=overwrite, need=need.disk * len(outputs))
@@ -215,7 +223,9 @@ class Pipeline:
                     "Try a smaller size, fewer frames, or device cpu.",
                 )
 
-    def _open(self, order: Order, outputs: Sequence[Path], resume: Path | None) -> tuple[Job | Memory, str]:
+    def _open(
+        self, order: Order, outputs: Sequence[Path], resume: Path | None, shortcuts: Shortcuts
+    ) -> tuple[Job | Memory, str]:
         """Where this run keeps its progress: a locked job folder, or nowhere."""
         if not outputs:
             return Memory(), ""
@@ -227,7 +237,7 @@ class Pipeline:
             seeds=tuple(plan.seed for plan in order.plans),
             outputs=tuple(path.name for path in outputs),
             request=request_texts(request),
-            precision=self.parts.precision,
+            precision={**self.parts.precision, **({"cache fit": shortcuts.fit} if shortcuts.fit else {})},
             weights=self.weights(),
             machine=machine_fingerprint(self.device, order.plan.noise_device),
         )
@@ -248,7 +258,7 @@ class Pipeline:
         latents = yield from self._saved_latents(work)
         if latents is None:
             conditioning = yield from self._condition(work)
-            with self._experts() as velocity:
+            with self._experts(work) as velocity:
                 latents = yield from self._denoise(work, velocity, conditioning, work.plan.segments[0], work.plans)
         yield from self._decode(work, latents)
 
@@ -266,7 +276,7 @@ class Pipeline:
                 continue
             clips = CLIPS[self.variant.conditioner](self.parts, plan, work.order.media)
             past, given = clips.begin(), (yield from self._given(work, clips))
-            with self._output(work, take) as output, self._experts() as velocity:
+            with self._output(work, take) as output, self._experts(work) as velocity:
                 for segment in plan.segments:
                     work.job.enter(take, segment.index)
                     conditioning = clips.clip(shared, next(given), segment, past)
@@ -387,34 +397,42 @@ class Pipeline:
         clip = segment.index if plan.in_clips else None
         yield work.event("denoise", before + start * takes, work.steps, message=message, clip=clip)
         said: dict[str, Tensor] = {}  # what the model answered last
-        velocity.take(self._binder(plan, conditioning, said))
-        runs = self._runs(plans, segment, velocity, conditioning, state)
+        velocity.take(self._binder(work, conditioning, said))
+        runs = self._runs(work, plans, segment, velocity, conditioning, state)
         latest: list[Step] = []
         for index in range(start, plan.steps):
             latest = []
             for take, run in enumerate(runs):
                 failpoint("step")
+                work.shortcuts.at(index, take)
                 step = next(run)
                 self._require_finite_step(step, plan, segment, said)
                 latest.append(step)
                 film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
                 if len(latest) == takes:
-                    job.reached(State(index + 1, tuple({"x": step.x, **step.state} for step in latest)))
+                    kept = ({"x": s.x, **s.state, **work.shortcuts.state(i)} for i, s in enumerate(latest))
+                    job.reached(State(index + 1, tuple(kept)))
                 yield work.event(
                     "denoise", before + index * takes + take + 1, work.steps, sigma=step.sigma, t=step.t,
                     expert=velocity.name, seed=plans[take].seed, clip=clip, film=film,
                 )  # fmt: skip
         return [step.x[0] for step in latest]
 
-    def _experts(self) -> Experts:
+    def _experts(self, work: Work) -> Experts:
         """The experts of this model, of which one is loaded at a time; what they are asked is told by `take`."""
-        return Experts(self.variant.experts, lambda name: self.parts.use("dit", expert=name))
+
+        @contextmanager
+        def use(name: str) -> Iterator[Any]:
+            with self.parts.use("dit", expert=name) as dit, work.shortcuts.around(dit) as shortened:
+                yield shortened
+
+        return Experts(self.variant.experts, use)
 
     def _binder(
-        self, plan: Plan, conditioning: Conditioning, said: dict[str, Tensor]
+        self, work: Work, conditioning: Conditioning, said: dict[str, Tensor]
     ) -> Callable[[str, Forward], Velocity]:
         """How an expert becomes a velocity: under this conditioning, guided; what it answers is put into `said`."""
-        scales = {span.expert: span.guidance for span in plan.spans}
+        scales = {span.expert: span.guidance for span in work.plan.spans}
 
         def heard(name: str, velocity: Velocity) -> Velocity:
             def listen(x: Tensor, t: float) -> Tensor:
@@ -428,15 +446,15 @@ class Pipeline:
             said.clear()
             with torch.no_grad():
                 cond = heard("velocity with the prompt", conditioned(dit, once(dit, conditioning.cond)))
-                if conditioning.uncond is None or scales[name] == 1:
-                    return cond
-                uncond = heard("velocity without the prompt", conditioned(dit, once(dit, conditioning.uncond)))
-            return guided(cond, uncond, scales[name])
+                uncond = None
+                if conditioning.uncond is not None and scales[name] != 1:
+                    uncond = heard("velocity without the prompt", conditioned(dit, once(dit, conditioning.uncond)))
+            return work.shortcuts.guide(cond, uncond, scales[name])
 
         return bind
 
     def _runs(
-        self, plans: Sequence[Plan], segment: Segment, velocity: Velocity, conditioning: Conditioning,
+        self, work: Work, plans: Sequence[Plan], segment: Segment, velocity: Velocity, conditioning: Conditioning,
         state: State | None,
     ) -> list[Iterator[Step]]:  # fmt: skip
         """A sampler for each video, at its beginning or at the state that was saved."""
@@ -447,8 +465,8 @@ class Pipeline:
             starts = [noise(plan, segment.index).to(self.device) for plan in plans]
             return [sampler(velocity, x, plan.schedule) for plan, x in zip(plans, starts, strict=True)]
         runs = []
-        for plan, saved in zip(plans, state.takes, strict=True):
-            here = {name: value.to(self.device) for name, value in saved.items()}
+        for take, (plan, saved) in enumerate(zip(plans, state.takes, strict=True)):
+            here = work.shortcuts.resume(take, {name: value.to(self.device) for name, value in saved.items()})
             x = here.pop("x")
             runs.append(sampler(velocity, x, plan.schedule, start=state.done, state=here))
         return runs
@@ -544,13 +562,15 @@ def load(
     t5_cpu: bool = False,
     attention: str | None = None,
     compile: bool = False,
+    quantise: str | None = None,
+    resident_blocks: int | None = None,
     **parts: str | Path,
 ) -> Pipeline:
     """A pipeline from a checkpoint directory, the name of a demo model, or nothing (the demo model of `task`).
 
-    Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  device, dtype,
-    attention, compile: see `Pipeline`; t5_cpu: the text encoder on the CPU.  parts: single files beside or instead of
-    the directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
+    Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  device to
+    resident_blocks: see `Pipeline`; t5_cpu: the text encoder on the CPU.  parts: single files beside or instead of the
+    directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
 
     Errors: E2001 weights are needed, E2002 an unknown task or several that fit, E4xxx what is wrong with the files.
     """
@@ -569,7 +589,7 @@ def load(
     files = resolve(variant, ckpt_dir=source, **parts)
     return Pipeline(
         survey(variant, files), files, device=device, dtype=dtype, text_device="cpu" if t5_cpu else None,
-        attention=attention, compile=compile,
+        attention=attention, compile=compile, quantise=quantise, resident_blocks=resident_blocks,
     )  # fmt: skip
 
 

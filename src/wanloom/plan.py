@@ -38,7 +38,9 @@ from wanloom.request import (
     ROLES,
     Request,
     Size,
+    check_cache,
     check_device,
+    check_guidance_mode,
     check_out,
     check_prompt,
     check_sampler,
@@ -127,6 +129,9 @@ class Plan:
     noise_device: str
     segments: tuple[Segment, ...]
     inputs: tuple[Input, ...] = ()
+    cache: str | None = None  # steps are skipped by this preset (lossy)
+    cache_threshold: float | None = None  # None: the preset's own
+    guidance_mode: str = "plain"
     notes: tuple[str, ...] = ()  # worth one warning line each
     speech: Speech | None = None
     animation: Animation | None = None
@@ -244,6 +249,9 @@ def make_plan(
         noise_device=_default(request.noise_device, "cpu"),
         segments=segments,
         inputs=tuple(inputs),
+        cache=request.cache,
+        cache_threshold=request.cache_threshold,
+        guidance_mode=_default(request.guidance_mode, "plain"),
         notes=(*_notes(variant, asked, animation), *window_notes(speech, _samples(inputs))),
         speech=speech,
         animation=animation,
@@ -264,6 +272,9 @@ def request_like(plan: Plan) -> Request:
         sigmas=plan.sigmas if explicit else None,
         guidance=low if low == high else (low, high),
         sampler=plan.sampler,
+        cache=plan.cache,
+        cache_threshold=plan.cache_threshold,
+        guidance_mode=plan.guidance_mode,
         seed=plan.seed,
         noise_device=plan.noise_device,
         **({"frames": plan.frames, "fps": plan.fps} if not plan.in_clips else _clips_like(plan)),
@@ -311,6 +322,7 @@ def check_request(request: Request, variant: Variant, *, draft: bool = False) ->
     _whole_between(request.save_every, "save-every", "E2030", 1, MAX_STEPS)
     if request.sampler is not None:
         check_sampler(request.sampler)
+    _check_shortcuts(request)
     if request.device is not None:
         check_device(request.device, "device")
     if request.noise_device is not None:
@@ -319,6 +331,20 @@ def check_request(request: Request, variant: Variant, *, draft: bool = False) ->
             raise InputError(
                 "E2023", f"noise-device: {request.noise_device} conflicts with --device cpu. Use one of the two."
             )
+
+
+def _check_shortcuts(request: Request) -> None:
+    if request.cache is not None:
+        check_cache(request.cache)
+    if request.guidance_mode is not None:
+        check_guidance_mode(request.guidance_mode)
+    threshold = request.cache_threshold
+    if threshold is None:
+        return
+    if request.cache is None:
+        raise InputError("E2046", "cache-threshold: there is no cache. Choose one with --cache NAME.")
+    if not _is_number(threshold) or threshold < 0:
+        raise InputError("E2046", f"cache-threshold: got {threshold}, expected 0 or more.")
 
 
 def _check_inputs(request: Request, variant: Variant, draft: bool) -> None:

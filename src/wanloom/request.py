@@ -27,6 +27,9 @@ MAX_GUIDANCE = 1000.0
 MAX_NUM = 10_000
 SUFFIXES = (".mp4", ".mkv", ".webm", ".gif", ".png")
 DTYPES = ("float32", "bfloat16")
+# Lossy ways to be faster; `runtime.caching.presets` and `sampling.guidance` have what they are.
+CACHE_NAMES = ("magcache", "magcache-fast", "teacache", "easycache", "easycache-fast", "taylor", "first-block")
+GUIDANCE_MODES = ("plain", "late", "late-once", "late-off", "zero-star")
 # Fields that name a picture, a sound or a video the result is made from.
 ROLES = ("image", "last_image", "audio", "pose_video", "face_video", "background_video", "mask_video")
 
@@ -97,6 +100,18 @@ def parse_sampler(text: str) -> str:
     return check_sampler(text)
 
 
+def parse_cache(text: str) -> str:
+    return check_cache(text)
+
+
+def parse_cache_threshold(text: str) -> float:
+    return _number(text, "cache-threshold", "E2046", "0 or more")
+
+
+def parse_guidance_mode(text: str) -> str:
+    return check_guidance_mode(text)
+
+
 def parse_seed(text: str) -> int:
     return _integer(text, "seed", "E2010", "0..2^63-1, or -1 for a random one")
 
@@ -134,6 +149,10 @@ def parse_refert_num(text: str) -> int:
     return _integer(text, "refert-num", "E2035", "1 or 5")
 
 
+def parse_resident_blocks(text: str) -> int:
+    return _integer(text, "resident-blocks", "E2040", "a whole number, 0 or more")
+
+
 def parse_out(text: str) -> Path:
     return check_out(Path(text))
 
@@ -156,6 +175,19 @@ def parse_dtype(text: str) -> str:
 def check_sampler(value: str) -> str:
     if value not in SAMPLER_NAMES:
         raise InputError("E2011", f"sampler: '{value}' is not known. {did_you_mean(str(value), SAMPLER_NAMES)}")
+    return value
+
+
+def check_cache(value: str) -> str:
+    if value not in CACHE_NAMES:
+        raise InputError("E2046", f"cache: '{value}' is not known. {did_you_mean(str(value), CACHE_NAMES)}")
+    return value
+
+
+def check_guidance_mode(value: str) -> str:
+    if value not in GUIDANCE_MODES:
+        known = did_you_mean(str(value), GUIDANCE_MODES)
+        raise InputError("E2048", f"guidance-mode: '{value}' is not known. {known}")
     return value
 
 
@@ -259,6 +291,15 @@ class Request:
     sigmas: tuple[float, ...] | None = _option(
         "video", parse_sigmas, "explicit noise levels instead of steps and shift, e.g. 1,0.9,0.6", metavar="X,X,.."
     )
+    cache: str | None = _option(
+        "video", parse_cache, f"skip steps that change little (lossy): {', '.join(CACHE_NAMES)}", metavar="NAME"
+    )
+    cache_threshold: float | None = _option(
+        "video", parse_cache_threshold, "how boldly (default: the cache's own; 0 skips nothing)", metavar="X"
+    )
+    guidance_mode: str | None = _option(
+        "video", parse_guidance_mode, f"how guidance is made: {', '.join(GUIDANCE_MODES)}", metavar="NAME"
+    )
     seed: int | None = _option("video", parse_seed, "0..2^63-1; -1 or absent: random", "base-seed", metavar="N")
     fps: int | None = _option("video", parse_fps, "frames per second of the file (default: the model's)", metavar="N")
     image: Picture | None = _option("video", parse_path, "the picture to start from", "first-frame", metavar="FILE")
@@ -345,6 +386,14 @@ class Request:
     compile: bool = _option(
         "run", parse_switch, "compile the transformer's blocks first: faster steps", default=False, switch=True
     )
+    quantise: str | None = _option(
+        "run", parse_text, "weights in 8 bits: int8, fp8, int8-compute or fp8-compute", "quantize", metavar="NAME"
+    )
+    resident_blocks: int | None = _option(
+        "run", parse_resident_blocks,
+        "keep N blocks of the transformer in memory and read the others when they are needed (0: least memory)",
+        metavar="N",
+    )  # fmt: skip
     t5_cpu: bool = _option("run", parse_switch, "run the text encoder on the CPU", default=False, switch=True)
     convert_model_dtype: bool = _option(
         "run", parse_switch, "transformer weights in bfloat16", default=False, switch=True

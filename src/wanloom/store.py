@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = {"prompts": "encoded prompts"}
+KINDS = {"prompts": "encoded prompts", "fits": "what step caches know of models"}
 
 
 def home() -> Path:
@@ -32,14 +32,15 @@ def home() -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """The files of one kind.  limit: bytes that they may take together."""
+    """The files of one kind.  limit: bytes that they may take together; suffix: what their names end in."""
 
     kind: str
     limit: int
+    suffix: str = ".safetensors"
 
     def path(self, key: str) -> Path:
         """Where the file of this key (hexadecimal digits) is, or would be."""
-        return home() / self.kind / f"{key}.safetensors"
+        return home() / self.kind / f"{key}{self.suffix}"
 
     def open(self) -> None:
         """Make the directory, for its owner alone.  OSError where that cannot be."""

@@ -16,6 +16,7 @@ from wanloom.plan import Plan, Segment
 from wanloom.preview import Film, Previewer
 from wanloom.request import Request
 from wanloom.results import Event, Result, Video, peak_memory
+from wanloom.shortcuts import Shortcuts
 
 PREVIEW_EVERY = 1.0  # seconds between two writings of preview.gif
 
@@ -38,8 +39,11 @@ class Order:
 class Work:
     """One run under way: the order, where its progress and its files go, and the clock."""
 
-    def __init__(self, order: Order, outputs: Sequence[Path], job: Job | Memory, device: str) -> None:
+    def __init__(
+        self, order: Order, outputs: Sequence[Path], job: Job | Memory, device: str, shortcuts: Shortcuts
+    ) -> None:
         self.order, self.outputs, self.job = order, tuple(outputs), job
+        self.shortcuts = shortcuts
         self.plan, self.plans = order.plan, order.plans
         self.previewer: Previewer | None = None
         self.videos: list[Video] = []

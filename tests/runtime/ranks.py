@@ -8,6 +8,7 @@ processes that were started here are ever ended.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 
-def run(work: Callable[..., Any], worlds: Sequence[int], *args: Any, seconds: float = 300) -> dict[int, list[Any]]:
+def run(work: Callable[..., Any], worlds: Sequence[int], *args: Any, seconds: float = 600) -> dict[int, list[Any]]:
     """What `work(*args)` returns on every rank of every world; what torch.save can write, and only data.
 
     Raises RuntimeError with the traceback of the first process that failed, TimeoutError after `seconds`.
@@ -53,7 +54,8 @@ def _wait(started: Sequence[Any], folder: Path, end: float) -> None:
     while any(process.is_alive() for process in started):
         _raise_first(started, folder)
         if time.monotonic() > end:
-            raise TimeoutError("the processes of a test did not end in time")
+            stood = "\n".join(path.read_text() for path in sorted(folder.glob("stood-*")))
+            raise TimeoutError(f"the processes of a test did not end in time. Where they were:\n{stood}")
         time.sleep(0.05)
     _raise_first(started, folder)
 
@@ -77,17 +79,19 @@ def _enter(
     torch.set_num_threads(1)
     if "lo" in {name for _, name in socket.if_nameindex()}:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine without a network has this one
-    try:
-        for world in worlds:
-            if rank >= world:
-                continue
-            store = dist.FileStore(f"{folder}/meet-{world}", world)
-            dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
-            )
-            torch.save(work(*args), _place(folder, world, rank))
-            dist.barrier()
-            dist.destroy_process_group()
-    except BaseException:
-        Path(f"{folder}/failed-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
-        raise
+    with Path(f"{folder}/stood-{rank}").open("w") as stood:
+        faulthandler.dump_traceback_later(0.9 * seconds, file=stood)
+        try:
+            for world in worlds:
+                if rank < world:
+                    store = dist.FileStore(f"{folder}/meet-{world}", world)
+                    patience = timedelta(seconds=seconds)
+                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+                    torch.save(work(*args), _place(folder, world, rank))
+                    dist.barrier()
+                    dist.destroy_process_group()
+        except BaseException:
+            Path(f"{folder}/failed-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+            raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()

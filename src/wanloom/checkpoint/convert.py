@@ -277,7 +277,7 @@ def _prefixed(name: str, prefix: str) -> str:
 def _origin(source: Source) -> Origin:
     import torch
 
-    scaled = any(scale is not None for scale in source.scales)
+    scaled = any(scale is not None for scale in source.scales) or source.dtype not in TORCH_DTYPES
     dtype = torch.bfloat16 if scaled else getattr(torch, TORCH_DTYPES[source.dtype])
     sample = b"".join(_first_bytes(entry) for entry in source.entries)
     return Origin(source.shape, dtype, sample, partial(read_source, source))

@@ -240,7 +240,7 @@ def _part_in(root: Path, part: str, variant: Variant | None) -> Path | None:
 def _in_comfy(root: Path, part: str, variant: Variant | None, expert: str | None = None) -> Path | None:
     """The one file of a ComfyUI folder that this variant (or any) can use; other models may lie beside it."""
     for folder in (root / "split_files" / COMFY[part], root / COMFY[part]):
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
         if expert is not None:
             files = [file for file in files if expert_hint(Path(file.name), EXPERTS) == expert]
         fitting = [file for file in files if _fits(file, part, variant)]

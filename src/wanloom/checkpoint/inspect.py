@@ -44,7 +44,7 @@ class Part:
     about: str  # the same with the sizes that tell the releases apart
     path: str
     format: str  # whose tensor names: official, diffusers, transformers
-    container: str  # safetensors or pickle
+    container: str  # safetensors, gguf or pickle
     files: int
     tensors: int
     parameters: int
@@ -128,7 +128,7 @@ def describe(weights: Weights, *, experts: int | None = None, expert: str | None
         about=ABOUT[weights.kind](config),
         path=str(weights.path),
         format=weights.format.name,
-        container="safetensors" if weights.headers[0].path.suffix == ".safetensors" else "pickle",
+        container=CONTAINERS.get(weights.headers[0].path.suffix.lower(), "pickle"),
         files=len(weights.headers),
         tensors=len(weights.tensors),
         parameters=sum(prod(source.shape) for source in weights.tensors.values()),
@@ -147,6 +147,7 @@ def _about_dit(config: DiTConfig) -> str:
     return ", ".join((f"transformer of {sizes}", *parts))
 
 
+CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
 ABOUT: dict[str, Callable[[Any], str]] = {
     "dit": _about_dit,
     "vae": lambda config: f"Wan{'2.2' if config.residual else '2.1'} VAE, {config.z} latent channels",

@@ -211,12 +211,12 @@ def load_into(
     if not isinstance(weights, Weights):
         weights = open_weights(Path(weights))
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    plan = _match(weights, wanted)
+    plan = match_names(weights, wanted)
     check = manifest.Verification(header.path for header in weights.headers)
     loaded: dict[str, Tensor] = {}
     try:
         # In the order they lie on disk, so that the disk reads forwards.
-        ordered = sorted(plan, key=lambda official: _place(weights.tensors[official]))
+        ordered = sorted(plan, key=lambda official: place_on_disk(weights.tensors[official]))
         for official, whole in read_ahead({official: weights.tensors[official] for official in ordered}):
             names, operation = plan[official]
             for name, value in zip(names, OPERATIONS[operation].out(whole), strict=True):
@@ -235,11 +235,12 @@ def load_into(
         module.load_state_dict(loaded, strict=True, assign=True)
 
 
-def _place(source: Source) -> tuple[str, int]:
+def place_on_disk(source: Source) -> tuple[str, int]:
+    """File and offset: tensors in this order are read forwards."""
     return str(source.entries[0].file), source.entries[0].offset
 
 
-def _match(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[str, ...], str]]:
+def match_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[str, ...], str]]:
     """Official name -> (the module's names, operation), every tensor on both sides used once."""
     found = format_of(wanted)
     if found is None or found[0].kind != weights.kind:
@@ -286,11 +287,11 @@ def read_source(source: Source) -> Tensor:
     parts = []
     for entry, scale in zip(source.entries, source.scales, strict=True):
         value = read_entry(entry)
-        parts.append(value if scale is None else _dequantise(value, read_entry(scale)))
+        parts.append(value if scale is None else dequantise(value, read_entry(scale)))
     return OPERATIONS[source.operation].into(parts)
 
 
-def _dequantise(value: Tensor, scale: Tensor) -> Tensor:
+def dequantise(value: Tensor, scale: Tensor) -> Tensor:
     """Stored values times their scale (one, or one a row), in float32."""
     factor = scale.float()
     if factor.dim() == 1 and factor.numel() > 1:
@@ -299,9 +300,13 @@ def _dequantise(value: Tensor, scale: Tensor) -> Tensor:
 
 
 def read_entry(entry: Entry) -> Tensor:
-    """A stored tensor in its own dtype, by plain reads of the file.  Errors: E4001, E4006."""
+    """A stored tensor in its own dtype (of GGUF's blocks: float32), by plain reads.  Errors: E4001, E4006."""
     import torch
 
+    if entry.dtype not in TORCH_DTYPES:  # GGUF's blocks
+        from wanloom.checkpoint.gguf import read_blocks
+
+        return read_blocks(entry)
     dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     raw = torch.empty(entry.size, dtype=torch.uint8)
     view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers; its stubs do not say so here

@@ -122,12 +122,16 @@ def plain_name(name: str) -> bool:
 
 
 def open_weights(path: Path, *, kind: str | None = None, pickles: bool = False) -> Weights:
-    """The weights at `path`: a `.safetensors` or `.pth` file, an index, or a directory with one model in it.
+    """The weights at `path`: a `.safetensors`, `.pth` or `.gguf` file, an index, or a directory with one model in it.
 
     `kind` (dit, vae, text, clip, audio) refuses other models by name; `pickles` admits those that only `convert` reads.
     Errors: see the module.
     """
     path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        from wanloom.checkpoint.gguf import open_gguf
+
+        return open_gguf(path, kind=kind)
     files, where = list_files(path, kind=kind, pickles=pickles)
     headers = tuple(read_any(file) for file in files)
     _one_revision(headers)

@@ -2,7 +2,7 @@
 
     wanloom demo                                     a video in seconds, nothing to download
     wanloom generate --task t2v-A14B --ckpt-dir DIR --prompt "..."
-    wanloom plan | doctor | models | inspect | convert | train
+    wanloom plan | doctor | models | inspect | convert | calibrate | preprocess | train
 
 Nothing heavy is imported here: a command's module is loaded when the command is typed, torch when there is work for it.
 Exit codes: 0 ok, 2 usage, 3 input media, 4 model file, 5 resources, 6 numerical, 7 interrupted but resumable,
@@ -30,6 +30,7 @@ COMMANDS = {
     "models": ("models", "The models there are, where to get them, how large they are."),
     "inspect": ("inspect", "Say what a checkpoint file or directory is."),
     "convert": ("convert", "Write a checkpoint in another layout or number format."),
+    "calibrate": ("calibrate", "Measure a model for the step caches that need it."),
     "preprocess": ("preprocess", "Make a model's inputs from raw videos and pictures."),
     "train": ("train", "Train a model from a recipe file."),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import click
 from wanloom import budget, demo
 from wanloom.cli.console import bytes_text, count_text, rich_console
 from wanloom.cli.options import DEFAULT_TASK, Command, read_request, request_options
-from wanloom.cli.room import PLENTY, dtype_of, runs_on_gpu, what_is_free
+from wanloom.cli.room import PLENTY, dtype_of, need_of, runs_on_gpu, what_is_free
 from wanloom.errors import InputError
 from wanloom.plan import Plan, make_plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS, Variant, variant_for
 
+# Ways to keep a transformer in less memory: as it is, in the memory of two blocks (the same bits), in 8 bits.
+KEEPS: tuple[dict[str, Any], ...] = ({}, {"resident_blocks": 0}, {"quantise": "int8"})
 RESOURCES = {"disk": "disk", "host": "memory", "gpu": "GPU"}
 
 
@@ -68,7 +71,7 @@ def look(request: Request, variant: Variant) -> Outlook:
     plan = make_plan(request, variant, draft=True)
     on_gpu = runs_on_gpu(request)
     dtype = dtype_of(request, on_gpu=on_gpu)
-    need = budget.need(plan, variant, dtype, on_gpu=on_gpu)
+    need = need_of(request, plan, variant, on_gpu=on_gpu)
     fetch = 0 if request.ckpt_dir or request.dit or request.dit_high else sum(file.bytes for file in variant.files)
     have = what_is_free(request, (request.out or Path()).parent, on_gpu=on_gpu)
     short = budget.fits(replace(need, disk=need.disk + fetch), have)
@@ -154,12 +157,13 @@ def alternatives(outlook: Outlook) -> Iterator[str]:
         small = min(row.sizes, key=lambda size: size[0] * size[1])
         lengths = (None,) if row.needs("audio") else (row.defaults.frames, 33)  # a sound has a length of its own
         for dtype in dict.fromkeys((outlook.dtype, "bfloat16")):
-            for size in dict.fromkeys((row.defaults.size, small)):
-                for frames in lengths:
-                    request = Request(task=row.name, size=size, frames=frames, dtype=dtype)
-                    if not look(request, row).short:
-                        length = "" if frames is None else f" --frames {frames}"
-                        yield f"{row.name} --size {size[0]}x{size[1]}{length} --dtype {dtype}"
+            for size, frames, keep in product(dict.fromkeys((row.defaults.size, small)), lengths, KEEPS):
+                request = Request(task=row.name, size=size, frames=frames, dtype=dtype, **keep)
+                if not look(request, row).short:
+                    words = f"{row.name} --size {size[0]}x{size[1]}"
+                    words += "" if frames is None else f" --frames {frames}"
+                    words += f" --dtype {dtype}"
+                    yield words + "".join(f" --{name.replace('_', '-')} {value}" for name, value in keep.items())
     if (name := f"demo-{outlook.variant.task.partition('-')[0]}") in demo.available():
         yield name
 

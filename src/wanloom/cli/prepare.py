@@ -20,7 +20,7 @@ from wanloom.checkpoint.find import Files, resolve
 from wanloom.checkpoint.load import survey
 from wanloom.checkpoint.lora import relighting_file
 from wanloom.cli.options import DEFAULT_TASK, typed_values
-from wanloom.cli.room import check_machine, check_room, dtype_of, runs_on_gpu, what_is_free
+from wanloom.cli.room import check_machine, check_room, need_of, runs_on_gpu, what_is_free
 from wanloom.durable import free_name, sha256_file
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
@@ -77,7 +77,7 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     if demo_name is not None and not plan.in_clips:
         _warn_of_unknown_words(plan.prompt)
     on_gpu = runs_on_gpu(request)
-    need = budget.need(plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu)
+    need = need_of(request, plan, variant, on_gpu=on_gpu)
     have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
     if not dry_run:
         check_outputs(outputs, plan, need, overwrite=request.overwrite or resume is not None)

@@ -9,19 +9,31 @@ from wanloom import budget
 from wanloom.cli.console import bytes_text
 from wanloom.cli.doctor import torch_has_gpu_build
 from wanloom.errors import InputError, WanloomWarning
+from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.runtime import machine
-from wanloom.runtime.kernels import require_compiler, require_kernel
+from wanloom.runtime.kernels import require_compiler, require_kernel, require_method
+from wanloom.variants import Variant
 
 PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
 
 
 def check_machine(request: Request) -> None:
-    """What was asked for must be there. Errors: E8002 a GPU, E2038 and E8007 a kernel, E8008 a compiler."""
+    """What was asked for must be there.
+
+    Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
+    E2040 blocks that cannot come and go.
+    """
     _check_gpu(request)
     on_gpu = runs_on_gpu(request)
+    capability = machine.gpus()[_index(request)].capability if on_gpu else None
     if request.attention is not None:
-        require_kernel(request.attention, machine.gpus()[_index(request)].capability if on_gpu else None)
+        require_kernel(request.attention, capability)
+    if request.quantise is not None:
+        require_method(request.quantise, capability)
+    lora = "a LoRA" if request.use_relighting_lora else None
+    changed = "quantise" if request.quantise is not None else lora
+    budget.check_blocks(request.resident_blocks, changed=changed, on_gpu=on_gpu)
     if request.compile:
         require_compiler(on_gpu=on_gpu)
 
@@ -56,6 +68,14 @@ def runs_on_gpu(request: Request) -> bool:
 def dtype_of(request: Request, *, on_gpu: bool) -> str:
     """The number format of the transformer: what was asked for, else bfloat16 on a GPU and float32 on a CPU."""
     return request.dtype or ("bfloat16" if on_gpu or request.convert_model_dtype else "float32")
+
+
+def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool) -> budget.Need:
+    """What a run takes the way it was asked for."""
+    return budget.need(
+        plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu, t5_cpu=request.t5_cpu,
+        quantise=request.quantise, resident_blocks=request.resident_blocks,
+    )  # fmt: skip
 
 
 def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have:

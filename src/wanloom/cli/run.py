@@ -16,7 +16,7 @@ from wanloom.cli.prepare import Prepared
 from wanloom.cli.progress import View, open_view
 
 if TYPE_CHECKING:
-    from wanloom.pipeline import Stream
+    from wanloom.pipeline import Pipeline, Stream
     from wanloom.results import Event, Result
 
 
@@ -28,10 +28,21 @@ def make(run: Prepared) -> Result:
     started = time.monotonic()
     for line in opening(run):
         say(line)
+    request, pipe = run.request, pipeline_of(run)
+    with open_view() as view:
+        # A continued run knows its files itself; naming them again could only contradict it.
+        result = follow(pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume), view)
+    for line in closing(result, time.monotonic() - started):
+        say(line)
+    return result
+
+
+def pipeline_of(run: Prepared) -> Pipeline:
+    """The pipeline that a prepared run asks for."""
     from wanloom.pipeline import Pipeline
 
     request = run.request
-    pipe = Pipeline(
+    return Pipeline(
         run.variant,
         run.files,
         device=request.device,
@@ -39,13 +50,9 @@ def make(run: Prepared) -> Result:
         text_device="cpu" if request.t5_cpu else None,
         attention=request.attention,
         compile=request.compile,
+        quantise=request.quantise,
+        resident_blocks=request.resident_blocks,
     )
-    with open_view() as view:
-        # A continued run knows its files itself; naming them again could only contradict it.
-        result = follow(pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume), view)
-    for line in closing(result, time.monotonic() - started):
-        say(line)
-    return result
 
 
 def follow(stream: Stream, view: View) -> Result:

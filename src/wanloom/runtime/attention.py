@@ -85,8 +85,8 @@ HOPPER_ORDER: Sequence[SDPBackend] = (
 
 
 def capability_of(device: str) -> Capability | None:
-    """The compute capability of a device, None for a CPU."""
-    return None if device == "cpu" else torch.cuda.get_device_capability(device)
+    """The compute capability of a GPU, None for other devices."""
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
 def kernel_for(name: str | None, device: str) -> Kernel:

@@ -1,4 +1,4 @@
-"""Which attention kernels and compilers this machine has: facts and checks without torch.
+"""Which attention kernels, 8-bit products and compilers this machine has: facts and checks without torch.
 
 `attention.py` has the functions themselves.  Exact kernels differ from one another by rounding alone; near ones compute
 in 8 bits.
@@ -87,6 +87,31 @@ def require_kernel(name: str, capability: Capability | None) -> None:
     reason = KERNEL_FACTS[check_kernel(name)].missing(capability)
     if reason is not None:
         raise InputError("E8007", f"attention: {name} {reason}. Leave --attention out, or see `wanloom doctor`.")
+
+
+# Ways to keep weights in 8 bits (`quant.METHODS` has their layers) -> the least capability of a GPU that has the
+# products they compute with, and whether a CPU has them; None: they compute in the model's own format.
+WEIGHT_METHODS: dict[str, tuple[Capability, bool] | None] = {
+    "int8": None,
+    "fp8": None,
+    "int8-compute": ((7, 5), True),  # Turing, the first with integer tensor cores
+    "fp8-compute": ((8, 9), False),  # Ada, the first with 8-bit floating point tensor cores
+}
+
+
+def require_method(name: str, capability: Capability | None) -> None:
+    """Errors: E2039 no such method, E8009 when this device (None: a CPU) has not the products it computes with."""
+    if name not in WEIGHT_METHODS:
+        raise InputError("E2039", f"quantise: '{name}' is not known. {did_you_mean(name, WEIGHT_METHODS)}")
+    needs, how = WEIGHT_METHODS[name], name.partition("-")[0]
+    if needs is None or (capability is None and needs[1]):
+        return
+    cure = f"Use {how}, which computes in the model's own format."
+    if capability is None:
+        raise InputError("E8009", f"{name}: a CPU has no {how} products. {cure}")
+    if capability < needs[0]:
+        found = f"this GPU has compute capability {_text(capability)}, {how} products need {_text(needs[0])}"
+        raise InputError("E8009", f"{name}: {found}. {cure}")
 
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
