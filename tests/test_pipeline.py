@@ -319,10 +319,10 @@ def test_bad_latents_stop_at_their_step_and_name_their_source(
 def test_bad_embeddings_stop_before_a_transformer_is_loaded(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, float]]
 ) -> None:
-    from wanloom.conditioning import text
+    from wanloom import prompts
 
-    right = text.encode_text
-    monkeypatch.setattr(text, "encode_text", lambda *given: right(*given) / 0)
+    right = prompts.encode_text
+    monkeypatch.setattr(prompts, "encode_text", lambda *given: right(*given) / 0)
     with pytest.raises(NumericalError) as caught:
         pipe.run(request(), out=tmp_path / "a.mp4")
     assert caught.value.code == "E6002" and "context" in caught.value.message

@@ -74,6 +74,13 @@ def test_a_damaged_file_is_made_again(damage: str, parts: Parts, monkeypatch: py
     assert used == ["text", "text"] and torch.equal(first, again)
 
 
+def test_a_text_that_came_out_wrong_is_not_kept(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = prompts.encode_text
+    monkeypatch.setattr(prompts, "encode_text", lambda *given: right(*given) / 0)
+    assert not encode(parts, TEXTS[:1])[0].isfinite().all()
+    assert sizes()["prompts"] == (0, 0)
+
+
 def test_what_was_not_used_for_longest_goes_first(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(parts, TEXTS[:1])
     encode(parts, ("a blue square",))

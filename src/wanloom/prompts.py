@@ -41,7 +41,8 @@ def encode(parts: Parts, texts: Sequence[str]) -> list[Tensor]:
         with parts.use("text") as encoder:
             for text in new:
                 found[text] = encode_text(encoder, parts.tokenizer, [text], length)
-                _keep(found[text], keys[text])
+                if bool(found[text].isfinite().all()):  # what is not is refused by who asked
+                    _keep(found[text], keys[text])
     return [found[text] for text in texts]
 
 
