@@ -142,6 +142,27 @@ def test_samples_of_dances_are_what_the_pipeline_will_have(runs: Path, tmp_path:
             assert not masks[i, :, 1:].any()
 
 
+def test_a_picture_of_a_dance_is_a_place_of_its_clip(runs: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(short("demo-animate", runs, clips=6, held_out=2))
+    task = DanceTask(recipe, Ranks(), tmp_path)
+    batch = task.batch(task.clips, [0, 1], task.encode([""] * 2))
+    one = task.picture(batch, 2)
+    assert torch.equal(one.x0, batch.x0[:, :, [0, 3]]) and torch.equal(one.inputs["y"], batch.inputs["y"][:, :, [0, 3]])
+    assert torch.equal(one.inputs["pose"], batch.inputs["pose"][:, :, 2:3])
+    assert torch.equal(one.inputs["face"], batch.inputs["face"][:, :, 7:8])
+    phase = recipe.phases[0]
+    losses = [float(task.loss(phase, phase.stages[0].model_copy(update={"frames": n}), 0)[0].detach()) for n in (1, 17)]
+    assert all(0.1 < loss < 10 for loss in losses) and task.at_frame.places == ()
+
+
+def test_a_head_is_not_learned_from_pictures(runs: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(short("demo-s2v", runs, clips=4, held_out=4))
+    task = SpeechTask(recipe, Ranks(), tmp_path)
+    with pytest.raises(InputError, match="whole clips") as caught:
+        task.loss(recipe.phases[0], recipe.phases[0].stages[0].model_copy(update={"frames": 1}), 0)
+    assert caught.value.code == "E4032"
+
+
 def test_the_probe_is_told_of_loudness() -> None:
     wave = np.zeros(16_000, np.float32)
     wave[8000:] = np.sin(np.arange(8000) * 0.3)

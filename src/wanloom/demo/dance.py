@@ -30,6 +30,7 @@ from .world import WORLD, Floats, Pixels
 
 SIZE = 64
 MARGIN = 3.0  # how far joints stay from the sides of the frame, and the most that a figure stands higher or lower
+NEAR = 2.0  # how far from where a dance begins a person stands in the given picture
 Pose = dict[str, tuple[Floats, Floats]]
 
 
@@ -83,22 +84,41 @@ def sample_room(rng: np.random.Generator, outfit: Outfit) -> Room:
 
 
 def sample_dance(rng: np.random.Generator, frames: int, *, split: str = "train") -> Dance:
-    """A dance of so many frames; the person stands in the given picture as in some other movement."""
+    """A dance of so many frames; the person stands in the given picture as in some other movement.
+
+    The dance begins near where the person stands in the picture, as retargeting puts a pose onto one.
+    """
     outfit = sample_person(rng, split=split)
     room = sample_room(rng, outfit)
     stance = sample_pose(rng, 17)
     at = rng.integers(17)
     still = {name: (x[at : at + 1], y[at : at + 1]) for name, (x, y) in stance.items()}
-    return Dance(outfit, room, _placed(rng, sample_pose(rng, frames)), _placed(rng, still))
+    pose = _placed(rng, sample_pose(rng, frames))
+    return Dance(outfit, room, pose, _beside(rng, still, pose))
 
 
 def _placed(rng: np.random.Generator, pose: Pose) -> Pose:
     """The same movement anywhere in the frame, so that who ignores the pose is mostly in a wrong place."""
+    (left, right), (high, low) = _room_to_move(pose)
+    return _moved(pose, rng.uniform(left, right), rng.uniform(high, low))
+
+
+def _beside(rng: np.random.Generator, stance: Pose, pose: Pose) -> Pose:
+    """The same stance with its hip near that of a pose's first frame, as far as the frame allows."""
+    (left, right), (high, low) = _room_to_move(stance)
+    aside, down = (float(pose["hip"][axis][0] - stance["hip"][axis][0]) + rng.uniform(-NEAR, NEAR) for axis in (0, 1))
+    return _moved(stance, min(max(aside, left), right), min(max(down, high), low))
+
+
+def _room_to_move(pose: Pose) -> tuple[tuple[float, float], tuple[float, float]]:
+    """How far a movement may be put aside and down so that all of it is seen: least and most of both."""
     xs, ys = (np.stack([pose[name][axis] for name in JOINTS]) for axis in (0, 1))
-    aside = rng.uniform(MARGIN - xs.min(), WORLD - MARGIN - xs.max())
     high = max(-MARGIN, 7.5 - float(pose["head"][1].min()), 2.0 - float(ys.min()))  # hair and hands go beyond joints
     low = min(MARGIN, WORLD - 4.0 - float(ys.max()))  # and so do shoes
-    down = rng.uniform(min(high, low), low)
+    return (MARGIN - float(xs.min()), WORLD - MARGIN - float(xs.max())), (min(high, low), low)
+
+
+def _moved(pose: Pose, aside: float, down: float) -> Pose:
     return {name: (x + np.float32(aside), y + np.float32(down)) for name, (x, y) in pose.items()}
 
 

@@ -102,6 +102,16 @@ class DanceTask(PeopleTask):
         inputs["face"] = small.repeat_interleave(grow, 3).repeat_interleave(grow, 4)
         return replace(batch, inputs=inputs)
 
+    def picture(self, batch: FlowBatch, place: int) -> FlowBatch:
+        """The given picture, and one latent frame of each clip with its pose and one of its faces."""
+        self.at_frame.places = (0, place + 1)
+        both = torch.tensor(self.at_frame.places)
+        inputs, face = dict(batch.inputs), max(0, 4 * place - 1)
+        inputs["y"] = inputs["y"][:, :, both]
+        inputs["pose"] = inputs["pose"][:, :, place : place + 1]
+        inputs["face"] = inputs["face"][:, :, face : face + 1]
+        return replace(batch, x0=batch.x0[:, :, both], inputs=inputs)
+
     def without(self, inputs: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
         face = torch.where(dropped[:, None, None, None, None], torch.tensor(-1.0), inputs["face"])
         return {**inputs, "face": face}

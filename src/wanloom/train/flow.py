@@ -58,7 +58,7 @@ DEAD = 0.01  # a latent channel that varies less carries nothing (`Recipe.direct
 
 
 class AtFrame(nn.Module):
-    """A part for `dit.prepare`: a single latent frame is told that it stands at another place in time.
+    """A part for `dit.prepare`: single latent frames are told that they stand at other places in time (`places`).
 
     Pictures from all places of a clip teach shapes and colours first, cheaply; then clips teach motion.
     """
@@ -66,14 +66,15 @@ class AtFrame(nn.Module):
     def __init__(self, config: DiTConfig, latent_frames: int) -> None:
         super().__init__()
         self.config, self.latent_frames = config, latent_frames
-        self.place = 0
+        self.places: tuple[int, ...] = ()
 
     def forward(self, x: Tensor, scene: Scene) -> tuple[Tensor, Scene]:
-        if self.place:
-            side = round(x.shape[1] ** 0.5)
+        if self.places:
+            per_frame = x.shape[1] // len(self.places)
+            side = round(per_frame**0.5)
             table = rope_table((self.latent_frames, side, side), self.config.head_dim, x)
-            per_frame = side * side
-            scene = replace(scene, rope=table[self.place * per_frame : (self.place + 1) * per_frame])
+            rows = [table[place * per_frame : (place + 1) * per_frame] for place in self.places]
+            scene = replace(scene, rope=torch.cat(rows))
         return x, scene
 
 
@@ -114,7 +115,7 @@ class FlowTask:
         self.device = torch.device(self.recipe.device)
         self.dit = init_for_training(build_dit(self.variant.dit), torch_stream(self.recipe.seed)).to(self.device, dtype)
         self.text = build_umt5(self.text_config).to(self.device, dtype)
-        self.at_frame = AtFrame(self.variant.dit, self.latent_frames)
+        self.at_frame = AtFrame(self.variant.dit, self.clips.latents.shape[2])
         self.dit.prepare.append(self.at_frame)
         live = self.clips.latents.float().std((0, 2, 3, 4)) > DEAD
         self.live = None if bool(live.all()) else live.to(self.device)
@@ -180,11 +181,11 @@ class FlowTask:
         context = self.encode(self.clips.captions(indices, rng, phase.flow.text_dropout))
         batch = self.batch(self.clips, indices, context)
         if stage.frames == 1:
-            self.at_frame.place = int(stream(seed, BATCH, step).integers(self.latent_frames))  # alike on all ranks
-            cut = slice(self.at_frame.place, self.at_frame.place + 1)
+            place = int(stream(seed, BATCH, step).integers(self.latent_frames))  # alike on all ranks
+            self.at_frame.places, cut = (place,), slice(place, place + 1)
             batch = replace(batch, x0=batch.x0[:, :, cut], inputs={k: v[:, :, cut] for k, v in batch.inputs.items()})
         else:
-            self.at_frame.place = 0
+            self.at_frame.places = ()
             if phase.flow.first_frame:
                 held = torch.from_numpy(rng.random(len(indices)) < phase.flow.first_frame).to(self.device)
                 batch = replace(batch, held=held)
@@ -197,7 +198,7 @@ class FlowTask:
     @torch.no_grad()
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
         """Held-out loss at fixed noise levels; with `picture` also samples, judged, as a sheet."""
-        self.at_frame.place = 0
+        self.at_frame.places = ()
         count = len(self.held_out.clips)
         mine = list(self.ranks.mine(count))
         rng = stream(self.recipe.seed, CAPTIONS, HELD_OUT)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from wanloom.demo import cases
+from wanloom.errors import InputError
 from wanloom.media.sheets import contact_sheet
 from wanloom.train.data import BATCH, CAPTIONS, NOISE, LatentCache, stream, torch_stream
 from wanloom.train.flow import FlowTask
-from wanloom.train.objective import flow_loss, sample_sigmas
+from wanloom.train.objective import FlowBatch, flow_loss, sample_sigmas
 from wanloom.train.recipe import Phase, Stage
 
 # All that these models are told in words.
@@ -61,12 +62,19 @@ class PeopleTask(FlowTask, ABC):
         indices = [kind[k] for k in rng.integers(len(kind), size=stage.batch)]
         texts, dropped = self.words(len(indices), rng, phase.flow.text_dropout)
         batch = self.batch(self.clips, indices, self.encode(texts))
+        self.at_frame.places = ()
+        if stage.frames == 1:
+            batch = self.picture(batch, int(stream(seed, BATCH, step, 1).integers(self.latent_frames)))
         generator = torch_stream(seed, NOISE, step, rank)
         inputs = self.roughen(self.without(dict(batch.inputs), dropped), generator)
         sigma = sample_sigmas(len(indices), phase.flow, generator)
         noise = torch.randn(batch.x0.shape, generator=generator)
         loss, _ = flow_loss(self.velocity, replace(batch, inputs=inputs), sigma.to(self.device), noise.to(self.device))
         return loss, {}
+
+    def picture(self, batch: FlowBatch, place: int) -> FlowBatch:
+        """The batch with one latent frame of each clip, that at `place`.  Error: E4032 where that means nothing."""
+        raise InputError("E4032", f"frames = 1: {self.variant.name} learns from whole clips only.")
 
     def roughen(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """The inputs as a model's own earlier clips would leave them: not quite clean."""
@@ -75,6 +83,7 @@ class PeopleTask(FlowTask, ABC):
     @torch.no_grad()
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
         """Held-out loss of both kinds at fixed noise levels; with `picture` also samples, judged, as a sheet."""
+        self.at_frame.places = ()
         report: dict[str, Any] = {}
         total = torch.zeros(2)
         for name, kind in zip(("first", "later"), self.kinds(self.held_out), strict=True):
