@@ -626,7 +626,6 @@ def test_on_a_gpu_reading_uploading_and_computing_wait_for_each_other(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("resident", [0, 1])
 @pytest.mark.parametrize("where", ["file", "host"])
 def test_on_a_gpu_every_pass_has_the_bits_of_a_model_that_stays(tmp_path: Path, where: str, resident: int) -> None:
