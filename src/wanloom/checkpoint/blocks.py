@@ -21,7 +21,6 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom.checkpoint import manifest
 from wanloom.checkpoint.header import Entry, unchanged
 from wanloom.checkpoint.load import (
     TORCH_DTYPES,
@@ -33,6 +32,7 @@ from wanloom.checkpoint.load import (
     read_entry,
     read_source,
     require_finite,
+    verified,
 )
 from wanloom.checkpoint.weights import Source, Weights, open_weights
 from wanloom.errors import InputError
@@ -101,18 +101,12 @@ def load_streamed(
         return dtype(name) if callable(dtype) else dtype or natural_dtype(stored)
 
     inside, outside = _divide(module, weights)
-    check = manifest.Verification(header.path for header in weights.headers)
     loaded: dict[str, Tensor] = {}
-    try:
+    with verified(weights):
         for name, value in read_ahead(outside):
             value = value.to(device=device, dtype=target(name, value.dtype)).contiguous()
             require_finite(outside[name], value)
             loaded[name] = value
-        for header in weights.headers:
-            unchanged(header.path, header.stamp)
-        check.finish()
-    finally:
-        check.stop()
     with torch.no_grad():
         module.load_state_dict(loaded, strict=False, assign=True)
     state = module.state_dict(keep_vars=True)

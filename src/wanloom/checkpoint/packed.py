@@ -19,10 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wanloom.checkpoint import manifest
 from wanloom.checkpoint.gguf import BLOCKS, read_blocks, read_packed
-from wanloom.checkpoint.header import Entry, unchanged
-from wanloom.checkpoint.load import match_names, natural_dtype, place_on_disk, read_entry, read_source, require_finite
+from wanloom.checkpoint.header import Entry
+from wanloom.checkpoint.load import (
+    match_names,
+    natural_dtype,
+    place_on_disk,
+    read_entry,
+    read_source,
+    require_finite,
+    verified,
+)
 from wanloom.checkpoint.names import OPERATIONS
 from wanloom.checkpoint.weights import Source, Weights, open_weights
 from wanloom.errors import InputError
@@ -67,11 +74,10 @@ def load_packed(
         weights = open_weights(weights)
     targets = _targets(module, how, skip)
     plan = match_names(weights, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-    check = manifest.Verification(header.path for header in weights.headers)
     loaded: dict[str, Tensor] = {}
     layers: dict[str, FrozenLinear] = {}
     kept = 0
-    try:
+    with verified(weights):
         for official in sorted(plan, key=lambda official: place_on_disk(weights.tensors[official])):
             (names, operation), source = plan[official], weights.tensors[official]
             if names[0] in targets and (how is not None or keepable(source)):
@@ -82,11 +88,6 @@ def load_packed(
                 continue
             for name, value in zip(names, OPERATIONS[operation].out(_read(source, dtype)), strict=True):
                 loaded[name] = _settled(source, value, dtype, device)
-        for header in weights.headers:
-            unchanged(header.path, header.stamp)
-        check.finish()
-    finally:
-        check.stop()
     with torch.no_grad():
         _put(module, layers, loaded)
     size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.buffers())
