@@ -92,7 +92,7 @@ def test_b068_a_file_of_no_or_seven_bytes(data, model, rejected):
 def test_b069_a_header_too_long(length, model, rejected):
     folder = model(SMALL)
     (folder / SHARD).write_bytes(struct.pack("<Q", length) + b" " * min(length, 10 * 2**20))
-    rejected("E4005", folder, names=SHARD)
+    assert SHARD in rejected("E4005", folder)
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["truncated", "trailing bytes"])
@@ -164,18 +164,18 @@ def test_b077_shards_missing_listed_twice_or_too_many(model, rejected):
     second = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
     kept = second.read_bytes()
     second.unlink()
-    rejected("E4013", folder, names=second.name)
+    assert second.name in rejected("E4013", folder)
     second.write_bytes(kept)
     extra = folder / "diffusion_pytorch_model-00003-of-00003.safetensors"
     extra.write_bytes(kept)
-    rejected("E4013", folder, names=extra.name)
+    assert extra.name in rejected("E4013", folder)
     extra.unlink()
     write_index(folder, dict.fromkeys(where, "diffusion_pytorch_model-00001-of-00002.safetensors"))
-    rejected("E4013", folder)
+    assert "diffusion_pytorch_model" in rejected("E4013", folder)
     first = folder / "diffusion_pytorch_model-00001-of-00002.safetensors"
     write_index(folder, where)
     edit(first, lambda tensors: tensors.update(load_file(second)))
-    rejected("E4013", folder, names=first.name)
+    assert first.name in rejected("E4013", folder)
 
 
 @pytest.mark.parametrize("kind", ["no JSON", "no map", "parent", "absolute", "link out"])
@@ -193,7 +193,7 @@ def test_b078_an_index_that_is_invalid_or_leads_out_of_the_folder(kind, model, r
         (folder / shard).symlink_to(tmp_path / "outside.safetensors")
     else:
         write_index(folder, {name: bad[kind] if file == shard else file for name, file in where.items()})
-    rejected("E4014", folder)
+    assert "diffusion_pytorch_model" in rejected("E4014", folder)
 
 
 def test_b079_shards_of_two_revisions(model, rejected):
@@ -265,7 +265,7 @@ def write_config(folder: Path, text: str) -> None:
 def test_b085_a_config_that_is_wrong(text, model, rejected):
     folder = model(SMALL)
     write_config(folder, text)
-    rejected("E4021", folder, names="config.json")
+    assert "config.json" in rejected("E4021", folder)
 
 
 def test_b085_an_unknown_key_is_a_warning(model, run):
@@ -291,7 +291,7 @@ def test_b087_sizes_that_no_model_has(change, model, rejected):
     folder = model(SMALL)
     config = json.loads((folder / "config.json").read_text())
     write_config(folder, json.dumps(config | change))
-    rejected("E4023", folder, names="config.json")
+    assert "config.json" in rejected("E4023", folder)
 
 
 def test_b094_python_files_in_a_model_folder_are_never_run(model, here):
@@ -321,4 +321,4 @@ def test_b095_a_tokenizer_that_is_damaged_or_huge(kind, model, rejected):
             handle.truncate(10**9)
     else:
         file.write_text("{" if kind == "damaged" else '{"model": {}}')
-    rejected("E4030", folder, names="tokenizer.json")
+    assert "tokenizer.json" in rejected("E4030", folder)

@@ -29,6 +29,7 @@ from wanloom.checkpoint.load import (
     natural_dtype,
     place_on_disk,
     read_ahead,
+    read_bytes,
     read_entry,
     read_source,
     require_finite,
@@ -197,15 +198,7 @@ def _read(file: FileIO, entry: Entry, at: int, target: Tensor) -> None:
     import torch
 
     room = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in load.read_entry
-    done = 0
     try:
-        file.seek(entry.offset + at)
-        while done < len(room):
-            count = file.readinto(room[done:])
-            if not count:
-                raise InputError(
-                    "E4006", f"{entry.file}: ends inside tensor {entry.name}; it changed while it was read."
-                )
-            done += count
+        read_bytes(file, entry, at, room)
     except OSError as error:
         raise InputError("E4001", f"{entry.file}: cannot be read ({error.strerror}).") from error

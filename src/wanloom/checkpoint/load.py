@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -323,21 +324,24 @@ def read_entry(entry: Entry) -> Tensor:
     view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers; its stubs do not say so here
     try:
         with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            done = 0
-            while done < entry.size:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(
-                        "E4006", f"{entry.file}: ends inside tensor {entry.name}; it changed while it was read."
-                    )
-                done += count
+            read_bytes(file, entry, 0, view)
     except OSError as error:
         raise InputError("E4001", f"{entry.file}: cannot be read ({error.strerror}).") from error
     flat = raw.view(dtype)
     if entry.stride is not None:
         return flat.as_strided(entry.shape, entry.stride).contiguous()
     return flat.view(entry.shape)
+
+
+def read_bytes(file: FileIO, entry: Entry, at: int, room: memoryview) -> None:
+    """Fill `room` with the bytes of a stored tensor from byte `at` on.  Error: E4006; OSError as it comes."""
+    done = 0
+    file.seek(entry.offset + at)
+    while done < len(room):
+        count = file.readinto(room[done:])
+        if not count:
+            raise InputError("E4006", f"{entry.file}: ends inside tensor {entry.name}; it changed while it was read.")
+        done += count
 
 
 def natural_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,14 +10,12 @@ numbers on the tensor cores of NVIDIA GPUs from Ada and Hopper on; the product c
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanloom.models.numerics import wide
-from wanloom.runtime.frozen import FrozenLinear, pieces, row_scales
+from wanloom.runtime.frozen import RowScaled, pieces, row_scales
 from wanloom.runtime.kernels import require_method
 
 E4M3 = torch.float8_e4m3fn
@@ -26,27 +24,14 @@ TILE = 16  # the tensor cores' product takes widths that are multiples of it
 NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 
 
-class Fp8Linear(FrozenLinear):
+class Fp8Linear(RowScaled):
     """codes [out, in] float8 (e4m3, or e5m2 as some files have it) times scale [out] float32."""
 
-    codes: Tensor
-    scale: Tensor
+    FORMAT = E4M3
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(codes.shape[1], codes.shape[0], bias)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        weight = weight.detach()
-        codes, scale = torch.empty_like(weight, dtype=E4M3), weight.new_empty(len(weight), dtype=torch.float32)
-        for first, last in pieces(*weight.shape):
-            codes[first:last], scale[first:last] = to_fp8(weight[first:last].float())
-        return cls(codes, scale, bias)
-
-    def rows(self, first: int, last: int) -> Tensor:
-        return self.codes[first:last].float().mul_(self.scale[first:last, None])
+    @staticmethod
+    def narrow(values: Tensor) -> tuple[Tensor, Tensor]:
+        return to_fp8(values)
 
     def finite(self) -> bool:
         special = NOT_FINITE[self.codes.dtype]

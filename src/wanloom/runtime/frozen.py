@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,36 @@ class FrozenLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class RowScaled(FrozenLinear):
+    """codes [out, in] in 8 bits times scale [out] float32."""
+
+    FORMAT: ClassVar[torch.dtype]
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(codes.shape[1], codes.shape[0], bias)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @staticmethod
+    @abstractmethod
+    def narrow(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [n, in] float32 -> their codes [n, in] and scales [n]."""
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """The layer of an nn.Linear's weight [out, in] and bias, narrowed piece by piece."""
+        weight = weight.detach()
+        codes, scale = torch.empty_like(weight, dtype=cls.FORMAT), weight.new_empty(len(weight), dtype=torch.float32)
+        for first, last in pieces(*weight.shape):
+            codes[first:last], scale[first:last] = cls.narrow(weight[first:last].float())
+        return cls(codes, scale, bias)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.codes[first:last].float().mul_(self.scale[first:last, None])
 
 
 class _Product(torch.autograd.Function):

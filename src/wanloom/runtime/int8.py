@@ -9,41 +9,26 @@ the sum is exact, so all of the error is in the two roundings.  Runs on CPUs and
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanloom.models.numerics import wide
-from wanloom.runtime.frozen import FrozenLinear, pieces, row_scales
+from wanloom.runtime.frozen import RowScaled, pieces, row_scales
 
 LARGEST = 127  # -128 is not used, so that a weight and its negative are equally near
 TILE = 8  # CUDA's int8 product takes widths that are multiples of it
 LEAST_TOKENS = 32  # and more than 16 rows
 
 
-class Int8Linear(FrozenLinear):
+class Int8Linear(RowScaled):
     """codes [out, in] int8 times scale [out] float32."""
 
-    codes: Tensor
-    scale: Tensor
+    FORMAT = torch.int8
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(codes.shape[1], codes.shape[0], bias)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        weight = weight.detach()
-        codes, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
-        for first, last in pieces(*weight.shape):
-            codes[first:last], scale[first:last] = to_int8(weight[first:last].float())
-        return cls(codes, scale, bias)
-
-    def rows(self, first: int, last: int) -> Tensor:
-        return self.codes[first:last].float().mul_(self.scale[first:last, None])
+    @staticmethod
+    def narrow(values: Tensor) -> tuple[Tensor, Tensor]:
+        return to_int8(values)
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.scale).all())
