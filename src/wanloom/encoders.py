@@ -192,6 +192,11 @@ def build_clip(config: ClipConfig) -> Any:
 
 @torch.no_grad()
 def encode_image(model: Any, images: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] -> features [B, 257, 1280], without a gradient: see `image_features`."""
+    return image_features(model, images)
+
+
+def image_features(model: Any, images: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> features [B, 257, 1280]: what enters the tower's last block.
 
     The picture is squeezed to a square (224 x 224) by bicubic interpolation without antialiasing, as the reference

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 import wanloom
 from wanloom.demo import talk
+from wanloom.demo.figures import CLOTHES, GROUNDS, HAIRS, SKINS, Outfit
 from wanloom.errors import InputError
 from wanloom.train import people_card
 from wanloom.train.audio import heard
 from wanloom.train.card import make_card
 from wanloom.train.dance import DanceTask
 from wanloom.train.data import vae_batch
+from wanloom.train.looks import LooksTask, looks
 from wanloom.train.loop import run
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Recipe, read_recipe
@@ -37,7 +39,7 @@ def short(name: str, folder: Path, **data: Any) -> Path:
     phase = table["phases"][0]
     phase["stages"] = [phase["stages"][0] | {"steps": 2, "batch": 2}]
     table["phases"] = [phase]
-    for part in ("vae", "audio", "start"):
+    for part in ("vae", "audio", "image", "start"):
         if part in table:
             table[part] = str(folder / table[part])
     path = folder / f"{name}.json"
@@ -62,9 +64,9 @@ def _toml(table: dict[str, Any], prefix: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VAEs of heads and of figures and the audio encoder, two steps old; not to be changed."""
+    """VAEs of heads and of figures and the encoders of sound and of pictures, two steps old; not to be changed."""
     folder = tmp_path_factory.mktemp("people")
-    for name in ("demo-vae-talk", "demo-vae-dance", "demo-audio"):
+    for name in ("demo-vae-talk", "demo-vae-dance", "demo-audio", "demo-looks"):
         run(short(name, folder, clips=4), folder / "runs")
     return folder
 
@@ -181,3 +183,32 @@ def test_a_head_that_speaks_as_it_should_is_judged_so() -> None:
     assert verdict.correlation > 0.95 and abs(verdict.lag) <= 1 and verdict.colours
     late = people_card.spoken(np.concatenate((frames[:1].repeat(4, 0), frames[:-4])), sound, who)
     assert late.lag == 4 and late.correlation < 0.6
+
+
+def test_looks_are_colours_by_their_place_in_the_palette() -> None:
+    outfit = Outfit(
+        ground=GROUNDS[2], floor=None, skin=SKINS[1], hair=HAIRS[4], top=CLOTHES[3], bottom=CLOTHES[0],
+        shoes=CLOTHES[9], skirt=True, long_hair=False,
+    )  # fmt: skip
+    assert looks(outfit, GROUNDS[6]) == [1, 4, 3, 0, 9, 1, 0, 6]
+
+
+def test_the_picture_encoder_learns_the_wall_first(tmp_path: Path) -> None:
+    recipe = read_recipe(short("demo-looks", tmp_path))
+    task = LooksTask(recipe, Ranks(), tmp_path)
+    pictures, answers = task._people(0, (1,), 8)
+    assert pictures.shape == (8, 3, 128, 128) and answers.shape == (8, 8)
+    assert torch.equal(pictures, task._people(0, (1,), 8)[0])
+    optim = torch.optim.Adam([*task.tower.parameters(), *task.probe.parameters()], lr=3e-3)
+    before = float(task._asked(pictures, answers)[0].detach())
+    for _ in range(30):
+        loss, _ = task._asked(pictures, answers)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    after, right = task._asked(pictures, answers)
+    assert float(after.detach()) < 0.5 * before
+    assert right[:, -1].float().mean() > 0.8
+    with pytest.raises(InputError, match="cannot begin") as caught:
+        task.start("model")
+    assert caught.value.code == "E4032"

@@ -7,6 +7,7 @@ some its last five.  The picture's own latent is part of what is made, as in the
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from wanloom.demo.cases import FACE, faces
 from wanloom.demo.figures import dressed_figure
 from wanloom.encoders import build_clip, encode_image
 from wanloom.train.data import HELD_OUT, LatentCache, cached, stream, to_video
+from wanloom.train.flow import load_part
+from wanloom.train.looks import clip_file
 from wanloom.train.objective import FlowBatch
 from wanloom.train.people import DANCES, PeopleTask, stack
 from wanloom.train.vae import psnr, to_frames
@@ -31,10 +34,9 @@ class DanceTask(PeopleTask):
     seen = ("psnr", "distance", "colours")
 
     def _cache(self, digest: str, purpose: int, count: int) -> LatentCache:
-        assert self.variant.clip is not None
-        torch.manual_seed(self.recipe.seed)  # the small CLIP is not trained: any fixed view of the picture will do
-        self.clip = build_clip(self.variant.clip).requires_grad_(False)
-        about = {"vae": digest, "size": self.size, "frames": self.frames}
+        assert self.recipe.image is not None
+        self.clip, seen_by = load_part(clip_file(Path(self.recipe.image)), "clip", build_clip, torch.float32)
+        about = {"vae": digest, "clip": seen_by, "size": self.size, "frames": self.frames}
         found = cached(
             about, self.recipe, self.ranks, self.folder / "latents", purpose, count,
             lambda mine: stack([self._sample_tensors(purpose, i) for i in mine]),

@@ -57,6 +57,10 @@ def make_task(recipe: Recipe, ranks: Ranks, folder: Path) -> Task:
         from wanloom.train.audio import AudioTask
 
         return AudioTask(recipe, ranks, folder)
+    if recipe.kind == "image":
+        from wanloom.train.looks import LooksTask
+
+        return LooksTask(recipe, ranks, folder)
     conditioner = VARIANTS[recipe.variant].conditioner
     if conditioner == "speech":
         from wanloom.train.speech import SpeechTask

@@ -69,7 +69,7 @@ class Flow(Table):
 class Phase(Table):
     name: str
     init: str | None = None  # the earlier phase whose average this one starts from, or "start:EXPERT" of `start`
-    trains: tuple[Literal["dit", "text", "vae", "decoder", "audio"], ...] = ("dit", "text")
+    trains: tuple[Literal["dit", "text", "vae", "decoder", "audio", "image"], ...] = ("dit", "text")
     optim: Optim = Optim()
     flow: Flow = Flow()
     loss: VaeLoss = VaeLoss()
@@ -117,7 +117,7 @@ class Recipe(Table):
 
     name: str
     variant: str  # a row of VARIANTS, whose sizes are trained
-    kind: Literal["vae", "audio", "flow"]
+    kind: Literal["vae", "audio", "image", "flow"]
     seed: int = 0
     processes: int = Field(default=1, ge=1, le=64)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -127,6 +127,7 @@ class Recipe(Table):
     directions: int | None = Field(default=None, ge=1)  # vae: principal directions of the latents to keep; None: all
     vae: str | None = None  # flow: the checkpoint directory whose VAE is used, frozen
     audio: str | None = None  # flow, speech: the checkpoint directory whose audio encoder is used, frozen
+    image: str | None = None  # flow, animate: the checkpoint directory whose CLIP is used, frozen
     start: str | None = None  # a checkpoint directory that phases with init = "start:..." begin from
     data: Data = Data()
     watch: Watch = Watch()
@@ -137,7 +138,7 @@ class Recipe(Table):
         seen: set[str] = set()
         for phase in self.phases:
             from_start = phase.init is not None and phase.init.startswith("start:")
-            if from_start and (self.start is None or self.kind == "audio"):
+            if from_start and (self.start is None or self.kind in ("audio", "image")):
                 raise ValueError(
                     f"phase '{phase.name}' begins from a checkpoint; a recipe of flow or vae names it in `start`"
                 )
@@ -147,7 +148,9 @@ class Recipe(Table):
                 raise ValueError(f"two phases are called '{phase.name}'")
             if phase.flow.low >= phase.flow.high:
                 raise ValueError(f"phase '{phase.name}': flow.low must be below flow.high")
-            wanted = {"vae": {"vae", "decoder"}, "audio": {"audio"}, "flow": {"dit", "text"}}[self.kind]
+            wanted = {"vae": {"vae", "decoder"}, "audio": {"audio"}, "image": {"image"}, "flow": {"dit", "text"}}[
+                self.kind
+            ]
             if not set(phase.trains) <= wanted:
                 raise ValueError(f"phase '{phase.name}': a {self.kind} recipe trains {sorted(wanted)}")
             seen.add(phase.name)
