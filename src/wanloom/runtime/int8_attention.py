@@ -7,7 +7,7 @@ the result is off by 1 % of its norm, bounded by tests at 2 %.
 
     use_kernel(dit, int8_attention)
 
-What has a mask, few keys or a gradient to bring back goes through SDPA.
+What has a mask, few keys, heads wider than 128 or a gradient to bring back goes through SDPA.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from wanloom.models.numerics import recording
 
 # Rounding the queries costs as much as it saves with about as many keys; a text of 512 tokens stays exact.
 LEAST_KEYS = 1024
+WIDEST_HEAD = 128  # what a block keeps of keys and values has to go into a GPU's shared memory
 
 
 @torch.library.custom_op("wanloom::int8_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q [B, L, H, D] to k and v [B, M, H, D], whatever their sizes: [B, L, H, D]."""
+    """Softmax attention of q [B, L, H, D] to k and v [B, M, H, D], few keys or many: [B, L, H, D]."""
     from wanloom.runtime import triton_attention
 
     return triton_attention.attend(q, k, v)
@@ -37,7 +38,8 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The kernel for the seam `Attention.kernel`."""
-    if mask is not None or k.shape[1] < LEAST_KEYS or q.dtype == torch.float64 or recording(q, k, v):
+    unfit = k.shape[1] < LEAST_KEYS or q.shape[-1] > WIDEST_HEAD
+    if mask is not None or unfit or q.dtype == torch.float64 or recording(q, k, v):
         return sdpa(q, k, v, mask)
     out: Tensor = attend(q, k, v)
     return out

@@ -107,13 +107,11 @@ def _attend(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q [B, L, H, D] to k and v [B, M, H, D], any of each: [B, L, H, D] in the dtype of q."""
+    """Softmax attention of q [B, L, H, D] to k and v [B, M, H, D], D <= 128: [B, L, H, D] in the dtype of q."""
     batch, length, heads, width = q.shape
     keys = k.shape[1]
     block = max(16, triton.next_power_of_2(width))
-    if not v.is_cuda:
-        v = v.float()  # Triton's interpreter multiplies no bfloat16
-    v, out = packed(v), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    v, out = packed(_values(v)), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with on_device_of(q):
         q_codes, q_scale = to_int8(q, width**-0.5 * math.log2(math.e), None, block, QUERIES)
         k_codes, k_scale = to_int8(k, 1.0, k.mean(1, dtype=torch.float32), block, KEYS)
@@ -140,6 +138,13 @@ def to_int8(x: Tensor, factor: float, mean: Tensor | None, block: int, multiple:
         CENTRED=mean is not None, EACH=mean is None, ROWS=KEYS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return codes, scales
+
+
+def _values(v: Tensor) -> Tensor:
+    """Values in the format that they are multiplied in: 16 bits on a GPU; the interpreter multiplies no bfloat16."""
+    if not v.is_cuda:
+        return v.float()
+    return v.bfloat16() if v.dtype == torch.float32 else v
 
 
 def _steps(x: Tensor) -> tuple[int, int, int]:
