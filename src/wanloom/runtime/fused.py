@@ -147,7 +147,7 @@ def _plain_rms_rotate(x: Tensor, weight: Tensor, eps: float, heads: int, rope: T
     out = layers.split_heads((x.float() * scale).to(x.dtype) * weight, heads)
     if rope is None:
         return (out,)
-    (even, odd), (cos, sin) = out.float().unflatten(-1, (-1, 2)).unbind(-1), rope[:, None].unbind(-1)
+    (even, odd), (cos, sin) = out.float().view(*out.shape[:-1], -1, 2).unbind(-1), rope[:, None].unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     return (turned.flatten(-2).to(out.dtype),)
 
@@ -171,7 +171,7 @@ def _plain_backward(plain: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: 
             given[place] = value
         return plain(*given)
 
-    _, back = torch.func.vjp(of_wanted, *(inputs[place] for place in wanted))
+    back = torch.func.vjp(of_wanted, *(inputs[place] for place in wanted))[1]
     found = dict(zip(wanted, back(grads), strict=True))
     return tuple(found.get(place) for place in range(len(inputs)))
 
@@ -188,14 +188,16 @@ _rms_rotate.register_autograd(partial(_plain_backward, _plain_rms_rotate), setup
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, group: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     if not fits(x, shift, scale):
         return layers.norm_modulate(x, shift, scale, group, eps, dtype)
-    return _norm_modulate(x, shift, scale, group, eps, dtype)
+    out: Tensor = _norm_modulate(x, shift, scale, group, eps, dtype)
+    return out
 
 
 def gate_add(x: Tensor, y: Tensor, gate: Tensor, group: Tensor) -> Tensor:
     if not fits(x, y, gate) or x.stride(-1) != 1:
         return layers.gate_add(x, y, gate, group)
     if recording(x, y, gate):
-        return _gate_add(x, y, gate, group)
+        out: Tensor = _gate_add(x, y, gate, group)
+        return out
     _gate_add_(x, y, gate, group)
     return x
 
@@ -207,14 +209,16 @@ def gate_add_norm(
     if not fits(x, y, gate) or x.stride(-1) != 1:
         return layers.gate_add_norm(x, y, gate, group, norm, dtype)
     if recording(x, y, gate, weight, bias):
-        return _gate_add_norm(x, y, gate, group, weight, bias, eps, dtype)
+        both: tuple[Tensor, Tensor] = _gate_add_norm(x, y, gate, group, weight, bias, eps, dtype)
+        return both
     return x, _gate_add_norm_(x, y, gate, group, weight, bias, eps, dtype)
 
 
 def rms_rotate(x: Tensor, norm: RMSNorm, heads: int, rope: Tensor | None) -> Tensor:
     if not fits(x, norm.weight):
         return layers.rms_rotate(x, norm, heads, rope)
-    return _rms_rotate(x, norm.weight, norm.eps, heads, rope)
+    out: Tensor = _rms_rotate(x, norm.weight, norm.eps, heads, rope)
+    return out
 
 
 FUSED = replace(
