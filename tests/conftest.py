@@ -8,25 +8,29 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 
 
 def pytest_configure() -> None:
-    """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it."""
+    """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it.
+
+    Without a GPU Triton's kernels run in its interpreter, which has to be said before Triton is imported.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are left out where there is no GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu") is not None]
+    """Tests marked `gpu` are left out where there is no GPU, those marked `triton` where Triton is not installed."""
+    here = {"gpu": torch.cuda.is_available(), "triton": importlib.util.find_spec("triton") is not None}
+    absent = [name for name, there in here.items() if not there]
+    left_out = [item for item in items if any(item.get_closest_marker(name) is not None for name in absent)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

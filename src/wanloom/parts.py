@@ -32,11 +32,13 @@ from wanloom.checkpoint.packed import holds_packed, load_packed
 from wanloom.checkpoint.weights import Weights, list_files, open_weights
 from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
+from wanloom.models.layers import use_ops
 from wanloom.models.vae import CausalVae
 from wanloom.runtime import machine
 from wanloom.runtime.attention import capability_of, kernel_for, use_kernel
 from wanloom.runtime.compile import compile_blocks
-from wanloom.runtime.kernels import require_compiler, require_method
+from wanloom.runtime.fused import FUSED
+from wanloom.runtime.kernels import require_compiler, require_fused, require_method
 from wanloom.runtime.quant import quantise
 from wanloom.runtime.streaming import Fill, HostBlocks, Streamed
 from wanloom.variants import Variant
@@ -51,14 +53,15 @@ class Parts:
     """The modules of `variant` (as `checkpoint.survey` returned it) from `files`.
 
     device: where they compute; text_device: where the text encoder does (default: the same).  attention: the kernel of
-    transformers by its name in `runtime.kernels` (None: torch's best); compile: whether their blocks are compiled.
+    transformers by its name in `runtime.kernels` (None: torch's best); compile: whether their blocks are compiled;
+    fused: whether what stands between their matrix products runs as fused kernels.
     quantise: how transformers and text encoder keep their weights, a name of `runtime.quant.METHODS`; None: as their
     files do (what is there in 8 bits or in GGUF's blocks stays so, which gives the bits that widening it gives).
     resident_blocks: how many blocks of a transformer stay in memory while the others come and go; None: all.
     resident: whether parts stay loaded after use; None decides by size.
 
     Errors: E2038, E8007 an attention kernel that is not known or not here, E2039, E8009 the same of a way to quantise,
-    E2040 blocks that cannot come and go, E8008 no compiler.
+    E2040 blocks that cannot come and go, E8008 no compiler, E8014 no fused operations.
     """
 
     def __init__(
@@ -71,13 +74,16 @@ class Parts:
         text_device: str | None = None,
         attention: str | None = None,
         compile: bool = False,
+        fused: bool = False,
         quantise: str | None = None,
         resident_blocks: int | None = None,
         resident: bool | None = None,
     ) -> None:
         self.variant, self.files = variant, files
-        self.attention, self.compile, self.quantise = attention, compile, quantise
+        self.attention, self.compile, self.fused, self.quantise = attention, compile, fused, quantise
         self.kernel = kernel_for(attention, device)
+        if fused:
+            require_fused(capability_of(device))
         if compile:
             require_compiler(on_gpu=device != "cpu")
         if quantise is not None:
@@ -107,6 +113,8 @@ class Parts:
             names["attention"] = self.attention
         if self.compile:
             names["compile"] = "blocks"
+        if self.fused:
+            names["operations"] = "fused"
         if self.quantise is not None:
             names["weights"] = self.quantise
         return names
@@ -199,6 +207,8 @@ class Parts:
         if source is not None:
             dit.trunk = Streamed(dit.trunk, source, self.device, resident=self.resident_blocks or 0)
         use_kernel(dit, self.kernel)
+        if self.fused:
+            use_ops(dit, FUSED)
         if self.compile:
             compile_blocks(dit.blocks)
 

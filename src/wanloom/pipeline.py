@@ -101,6 +101,7 @@ class Pipeline:
         text_device: str | None = None,
         attention: str | None = None,
         compile: bool = False,
+        fused: bool = False,
         quantise: str | None = None,
         resident_blocks: int | None = None,
     ) -> None:
@@ -108,7 +109,7 @@ class Pipeline:
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
         self.parts = Parts(
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
-            compile=compile, quantise=quantise, resident_blocks=resident_blocks,
+            compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks,
         )  # fmt: skip
         self.variant = variant
         self._identity = cache(identity)
@@ -562,6 +563,7 @@ def load(
     t5_cpu: bool = False,
     attention: str | None = None,
     compile: bool = False,
+    fused: bool = False,
     quantise: str | None = None,
     resident_blocks: int | None = None,
     **parts: str | Path,
@@ -589,7 +591,7 @@ def load(
     files = resolve(variant, ckpt_dir=source, **parts)
     return Pipeline(
         survey(variant, files), files, device=device, dtype=dtype, text_device="cpu" if t5_cpu else None,
-        attention=attention, compile=compile, quantise=quantise, resident_blocks=resident_blocks,
+        attention=attention, compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks,
     )  # fmt: skip
 
 

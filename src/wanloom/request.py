@@ -386,6 +386,10 @@ class Request:
     compile: bool = _option(
         "run", parse_switch, "compile the transformer's blocks first: faster steps", default=False, switch=True
     )
+    fused: bool = _option(
+        "run", parse_switch, "norms, gates and rotation as fused kernels (NVIDIA GPU with Triton)", default=False,
+        switch=True,
+    )  # fmt: skip
     quantise: str | None = _option(
         "run", parse_text, "weights in 8 bits: int8, fp8, int8-compute or fp8-compute", "quantize", metavar="NAME"
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +49,18 @@ def test_a_gpu_beside_a_cpu_build_of_torch_is_remarked(run, monkeypatch):
     assert "CPU build" in ran.out
 
 
+@pytest.mark.parametrize(("there", "said"), [("3.7.1", "3.7.1; --fused can be had"), (None, "missing; --fused needs")])
+def test_triton_and_what_it_is_for_are_listed(run, monkeypatch, there, said):
+    card = doctor.machine.Gpu(0, "Test GPU", 24 * 10**9, 20 * 10**9, (8, 9))
+    real = doctor._version
+    monkeypatch.setattr(doctor.machine, "gpus", lambda: (card,))
+    monkeypatch.setattr(doctor, "_torch_build", lambda version: "cuda 13.0")
+    monkeypatch.setattr(doctor, "_version", lambda name: there if name == "triton" else real(name))
+    missing = partial(doctor.FUSED_FACTS.missing, there=lambda module: there is not None)
+    monkeypatch.setattr(doctor, "FUSED_FACTS", SimpleNamespace(missing=missing))
+    assert said in run("doctor").out
+
+
 @pytest.mark.parametrize(("version", "build"), [("2.13.0+cpu", "cpu"), ("2.13.0+cu130", "cuda 13.0"), (None, "no")])
 def test_the_build_of_torch_is_read_from_its_version(version, build):
     assert doctor._torch_build(version) == build
@@ -74,6 +88,7 @@ def test_the_cache_is_shown_and_cleared(run, tmp_path, monkeypatch):
 def test_attention_kernels_are_listed_and_timed(run):
     found = json.loads(run("doctor", "--measure", "--json").out)
     assert found["attention"]["sdpa"] is None and "NVIDIA" in found["attention"]["flash-3"]
+    assert "NVIDIA" in found["attention"]["int8"] and "NVIDIA" in found["fused"]
     here = {name for name, reason in found["attention"].items() if reason is None}
     assert set(found["measured"]) == here
     assert all(row["seconds"] > 0 and 1e-4 < row["error"] < 2e-2 for row in found["measured"].values())

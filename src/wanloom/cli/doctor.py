@@ -22,7 +22,7 @@ from wanloom.cli.console import bytes_text, rich_console
 from wanloom.cli.options import Command
 from wanloom.request import SUFFIXES
 from wanloom.runtime import machine
-from wanloom.runtime.kernels import KERNEL_FACTS
+from wanloom.runtime.kernels import FUSED_FACTS, KERNEL_FACTS
 
 # Package -> the oldest version that works (pyproject.toml has the same numbers; a test compares them).
 PACKAGES = {
@@ -80,6 +80,7 @@ def examine() -> dict[str, Any]:
     ]
     cpu, memory, gpus = machine.cpu(), machine.memory(), machine.gpus()
     build = _torch_build(packages["torch"])
+    capability = gpus[0].capability if gpus and build != "cpu" else None
     notes = []
     if gpus and build == "cpu":
         notes.append("A GPU is here, but this torch is the CPU build: see 'Choosing torch' in the README.")
@@ -93,7 +94,9 @@ def examine() -> dict[str, Any]:
         "memory": {"total": memory[0], "available": memory[1]} if memory else None,
         "gpus": [vars(gpu) for gpu in gpus],
         "driver": machine.driver_version(),
-        "attention": attention_kernels(gpus[0].capability if gpus and build != "cpu" else None),
+        "attention": attention_kernels(capability),
+        "triton": _version("triton"),
+        "fused": FUSED_FACTS.missing(capability),
         "encoders": bundled_encoders(),
         "disk_free": machine.disk_free(Path.cwd()),
         "demo_models": _demo_models(),
@@ -145,6 +148,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{bytes_text(memory['available'])} free of {bytes_text(memory['total'])}" if memory else "unknown"),
         ("GPU", "; ".join(gpus) or "none found"),
         ("attention", ", ".join(here)),
+        ("Triton", f"{facts['triton'] or 'missing'}; --fused {facts['fused'] or 'can be had'}"),
         ("encoders", ", ".join(facts["encoders"]) or "not known without trying: --full"),
         ("disk", f"{bytes_text(facts['disk_free'])} free here"),
         ("demo models", ", ".join(demos) or "none"),

@@ -12,7 +12,7 @@ from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.runtime import machine
-from wanloom.runtime.kernels import require_compiler, require_kernel, require_method
+from wanloom.runtime.kernels import require_compiler, require_fused, require_kernel, require_method
 from wanloom.variants import Variant
 
 PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
@@ -22,13 +22,15 @@ def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
     Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
-    E2040 blocks that cannot come and go.
+    E8014 fused operations, E2040 blocks that cannot come and go.
     """
     _check_gpu(request)
     on_gpu = runs_on_gpu(request)
     capability = machine.gpus()[_index(request)].capability if on_gpu else None
     if request.attention is not None:
         require_kernel(request.attention, capability)
+    if request.fused:
+        require_fused(capability)
     if request.quantise is not None:
         require_method(request.quantise, capability)
     lora = "a LoRA" if request.use_relighting_lora else None

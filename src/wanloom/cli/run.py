@@ -50,6 +50,7 @@ def pipeline_of(run: Prepared) -> Pipeline:
         text_device="cpu" if request.t5_cpu else None,
         attention=request.attention,
         compile=request.compile,
+        fused=request.fused,
         quantise=request.quantise,
         resident_blocks=request.resident_blocks,
     )

@@ -72,6 +72,7 @@ KERNEL_FACTS: dict[str, KernelFacts] = {
     "sage": KernelFacts(
         "SageAttention: 8-bit scores", exact=False, library="sageattention", package="sageattention", least=AMPERE
     ),
+    "int8": KernelFacts("our own: 8-bit scores", exact=False, library="triton", package="triton", least=AMPERE),
 }
 
 
@@ -87,6 +88,16 @@ def require_kernel(name: str, capability: Capability | None) -> None:
     reason = KERNEL_FACTS[check_kernel(name)].missing(capability)
     if reason is not None:
         raise InputError("E8007", f"attention: {name} {reason}. Leave --attention out, or see `wanloom doctor`.")
+
+
+FUSED_FACTS = KernelFacts("our own fused operations", library="triton", package="triton", least=AMPERE)
+
+
+def require_fused(capability: Capability | None) -> None:
+    """Error: E8014 when this device (None: a CPU) cannot run the fused operations."""
+    reason = FUSED_FACTS.missing(capability)
+    if reason is not None:
+        raise InputError("E8014", f"fused: this {reason}. Leave --fused out, or see `wanloom doctor`.")
 
 
 # Ways to keep weights in 8 bits (`quant.METHODS` has their layers) -> the least capability of a GPU that has the
