@@ -12,7 +12,7 @@ from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.runtime import machine
-from wanloom.runtime.kernels import require_compiler, require_kernel, require_method
+from wanloom.runtime.kernels import require_compiler, require_kernel, require_method, require_vae_dtype
 from wanloom.variants import Variant
 
 PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
@@ -22,7 +22,7 @@ def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
     Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
-    E2040 blocks that cannot come and go.
+    E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in.
     """
     _check_gpu(request)
     on_gpu = runs_on_gpu(request)
@@ -31,6 +31,8 @@ def check_machine(request: Request) -> None:
         require_kernel(request.attention, capability)
     if request.quantise is not None:
         require_method(request.quantise, capability)
+    if request.vae_dtype is not None and on_gpu:
+        require_vae_dtype(request.vae_dtype, capability)
     lora = "a LoRA" if request.use_relighting_lora else None
     changed = "quantise" if request.quantise is not None else lora
     budget.check_blocks(request.resident_blocks, changed=changed, on_gpu=on_gpu)
@@ -74,7 +76,7 @@ def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool) -> 
     """What a run takes the way it was asked for."""
     return budget.need(
         plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu, t5_cpu=request.t5_cpu,
-        quantise=request.quantise, resident_blocks=request.resident_blocks,
+        quantise=request.quantise, resident_blocks=request.resident_blocks, vae_dtype=request.vae_dtype or "float32",
     )  # fmt: skip
 
 

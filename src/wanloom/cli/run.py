@@ -52,6 +52,7 @@ def pipeline_of(run: Prepared) -> Pipeline:
         compile=request.compile,
         quantise=request.quantise,
         resident_blocks=request.resident_blocks,
+        vae_dtype=request.vae_dtype,
     )
 
 
