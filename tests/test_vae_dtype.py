@@ -25,7 +25,7 @@ def has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("a", 1, ("AVX2", "AVX512-BF16")))
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:W2004")
+pytestmark = pytest.mark.filterwarnings("ignore::wanloom.errors.WanloomWarning")
 
 
 @pytest.mark.parametrize("name", ["demo-t2v", "demo-ti2v"])
