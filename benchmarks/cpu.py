@@ -1,11 +1,15 @@
 """Speed and memory beside diffusers on this CPU: the same random weights, dtype and threads, run in turn.
 
-    python benchmarks/cpu.py [--pairs 5] [--quick] [--json FILE]
+    python benchmarks/cpu.py [--rows NAME ...] [--pairs 5] [--quick] [--json FILE]
 
 Each pair runs both sides once, so a machine that slows down slows both.  Printed are the median of the pairwise ratios
 ours / diffusers (below 1: ours is faster), and the share of the rate that plain matrix products (DiT) or convolutions
 (VAE) reach in the same run.  Peak memory is the growth of a fresh process during one forward.  Random weights
 show speed and size, nothing about pictures.  How the figures are meant: docs/performance.md.
+
+Rows are named by what computes and in which dtype.  In "compiled" rows both sides have compiled blocks, ours by
+`compile_blocks`, diffusers' by `compile_repeated_blocks`; compiling is not in the seconds.  "vae-bfloat16-float32" is
+our decoder in bfloat16 beside diffusers' in float32, what each does when asked for a good picture quickly.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +33,7 @@ from wanloom.checkpoint.names import get_format
 from wanloom.models.config import DiTConfig, VaeConfig
 from wanloom.models.dit import DiT
 from wanloom.models.vae import CausalVae
+from wanloom.runtime.compile import compile_blocks
 
 DIT = DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=2)  # the width of Wan2.1 t2v-1.3B, fewer layers
 DIT_QUICK = DiTConfig(dim=384, ffn_dim=1536, heads=3, layers=2)
@@ -39,14 +45,40 @@ CODE, CODE_QUICK = (16, 3, 12, 20), (16, 2, 8, 8)  # VAE: 9 frames of 160 x 96
 Run = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A comparison: dtypes of both sides, and whether the blocks of both are compiled."""
+
+    kind: str
+    ours: str
+    theirs: str
+    compiled: bool = False
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return getattr(torch, self.ours), getattr(torch, self.theirs)
+
+
+ROWS = {
+    "dit-float32": Row("dit", "float32", "float32"),
+    "dit-bfloat16": Row("dit", "bfloat16", "bfloat16"),
+    "dit-float32-compiled": Row("dit", "float32", "float32", compiled=True),
+    "dit-bfloat16-compiled": Row("dit", "bfloat16", "bfloat16", compiled=True),
+    "vae-float32": Row("vae", "float32", "float32"),
+    "vae-bfloat16": Row("vae", "bfloat16", "bfloat16"),
+    "vae-bfloat16-float32": Row("vae", "bfloat16", "float32"),
+}
+
+
 def renamed(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our state dict under diffusers' names."""
     names = get_format(kind, "diffusers")
     return {(names.foreign(name) or ((name,), ""))[0][0]: tensor for name, tensor in state.items()}
 
 
-def dit_pair(quick: bool, dtype: torch.dtype, side: str = "both") -> dict[str, Run]:
+def dit_pair(quick: bool, row: Row, side: str = "both") -> dict[str, Run]:
     """Forward passes of equal weights on equal inputs."""
+    dtype, their_dtype = row.dtypes
     config, shape = (DIT_QUICK, LATENT_QUICK) if quick else (DIT, LATENT)
     torch.manual_seed(0)
     ours = DiT(config).to(dtype).eval()
@@ -62,16 +94,22 @@ def dit_pair(quick: bool, dtype: torch.dtype, side: str = "both") -> dict[str, R
             ffn_dim=config.ffn_dim, num_layers=config.layers, text_dim=4096, cross_attn_norm=True,
         )  # fmt: skip
         theirs.load_state_dict(renamed("dit", ours.state_dict()))
-        theirs = theirs.to(dtype).eval()
+        theirs = theirs.to(their_dtype).eval()
+        if row.compiled:
+            theirs.compile_repeated_blocks()
         if side == "diffusers":
             del ours
-        inputs = {"hidden_states": x.to(dtype), "timestep": t[0], "encoder_hidden_states": context.to(dtype)}
+        x, context = x.to(their_dtype), context.to(their_dtype)
+        inputs = {"hidden_states": x, "timestep": t[0], "encoder_hidden_states": context}
         runs["diffusers"] = lambda: theirs(**inputs, return_dict=False)
+    if row.compiled and "ours" in runs:
+        compile_blocks(ours.blocks)
     return runs
 
 
-def vae_pair(quick: bool, dtype: torch.dtype, side: str = "both") -> dict[str, Run]:
+def vae_pair(quick: bool, row: Row, side: str = "both") -> dict[str, Run]:
     """Decoding of equal weights, streamed by latent frames on both sides (what each does by default)."""
+    dtype, their_dtype = row.dtypes
     config, shape = (VAE_QUICK, CODE_QUICK) if quick else (VAE, CODE)
     torch.manual_seed(0)
     ours = CausalVae(config).to(dtype).eval()
@@ -84,10 +122,10 @@ def vae_pair(quick: bool, dtype: torch.dtype, side: str = "both") -> dict[str, R
 
         theirs = AutoencoderKLWan(base_dim=config.dim, z_dim=config.z)
         theirs.load_state_dict(renamed("vae", ours.state_dict()))
-        theirs = theirs.to(dtype).eval()
+        theirs = theirs.to(their_dtype).eval()
         if side == "diffusers":
             del ours
-        code = z.to(dtype)
+        code = z.to(their_dtype)
         runs["diffusers"] = lambda: theirs.decode(code, return_dict=False)
     return runs
 
@@ -123,21 +161,22 @@ def plain_rate(kind: str, dtype: torch.dtype) -> float:
     return work / min(seconds(run) for _ in range(5))
 
 
-def compare(kind: str, dtype: torch.dtype, pairs: int, quick: bool) -> dict[str, float]:
-    runs = PAIRS[kind](quick, dtype)
-    work = operations(runs["ours"])
-    seconds(runs["diffusers"])  # warm both
+def compare(row: Row, pairs: int, quick: bool) -> dict[str, float]:
+    work = operations(PAIRS[row.kind](quick, replace(row, compiled=False), "ours")["ours"])
+    runs = PAIRS[row.kind](quick, row)
+    first = {side: seconds(run) for side, run in runs.items()}  # warm both, and compile
     times: dict[str, list[float]] = {"ours": [], "diffusers": []}
     rates = []
     for i in range(pairs):
         for side in ("ours", "diffusers") if i % 2 == 0 else ("diffusers", "ours"):
             times[side].append(seconds(runs[side]))
-        rates.append(plain_rate(kind, dtype))
+        rates.append(plain_rate(row.kind, row.dtypes[0]))
     ratios = [a / b for a, b in zip(times["ours"], times["diffusers"], strict=True)]
     median = statistics.median(times["ours"])
     return {
         "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "seconds": median,
-        "of_plain_rate": work / median / statistics.median(rates),
+        "of_plain_rate": work / median / statistics.median(rates), "first": first["ours"],
+        "first_diffusers": first["diffusers"],
     }  # fmt: skip
 
 
@@ -147,9 +186,14 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_growth(kind: str, dtype: torch.dtype, quick: bool, side: str) -> int:
+def peak_growth(row: Row, quick: bool, side: str) -> int:
     """In a process of its own: how much the peak rises above the loaded model during one forward, bytes."""
-    (run,) = PAIRS[kind](quick, dtype, side).values()
+    (run,) = PAIRS[row.kind](quick, row, side).values()
+    return growth_of(run)
+
+
+def growth_of(run: Run) -> int:
+    """How much the peak of this process rises during one run, bytes."""
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
     with torch.no_grad():
@@ -164,10 +208,10 @@ def peak_growth(kind: str, dtype: torch.dtype, quick: bool, side: str) -> int:
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def memory_ratio(kind: str, dtype: torch.dtype, quick: bool) -> float:
+def memory_ratio(name: str, quick: bool) -> float:
     growth = {}
     for side in ("ours", "diffusers"):
-        command = [sys.executable, __file__, "--measure", kind, str(dtype).removeprefix("torch."), side]
+        command = [sys.executable, __file__, "--measure", name, side]
         command += ["--quick"] if quick else []
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | RETURN_MEMORY)
         growth[side] = int(out.stdout.split()[-1])
@@ -184,34 +228,33 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small models: whether it runs, not how fast")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", nargs=3, metavar=("KIND", "DTYPE", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="NAME", help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--measure", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        kind, dtype, side = args.measure
-        print(peak_growth(kind, getattr(torch, dtype), args.quick, side))
+        name, side = args.measure
+        print(peak_growth(ROWS[name], args.quick, side))
         return
-    dtypes = [torch.float32, *([torch.bfloat16] if has_fast_bf16() else [])]
+    chosen = args.rows or [name for name, row in ROWS.items() if row.ours == "float32" or has_fast_bf16()]
     about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
         "torch": torch.__version__, "diffusers": version("diffusers"), "date": time.strftime("%Y-%m-%d"),
         "pairs": args.pairs, "quick": args.quick,
     }  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{'':14}{'ours/diffusers':>16}{'(min to max)':>16}{'seconds':>9}{'of plain rate':>15}{'peak memory':>13}")
-    rows = {}
+    print(f"{'':22}{'ours/diffusers':>16}{'(min to max)':>16}{'seconds':>9}{'of plain rate':>15}{'peak memory':>13}")
+    rows: dict[str, dict[str, float]] = {}
     with torch.no_grad():
-        for kind in PAIRS:
-            for dtype in dtypes:
-                name = f"{kind} {str(dtype).removeprefix('torch.')}"
-                row = compare(kind, dtype, args.pairs, args.quick)
-                row["memory"] = memory_ratio(kind, dtype, args.quick)
-                rows[name] = row
-                span = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-                print(
-                    f"{name:14}{row['ratio']:16.3f}{span:>16}{row['seconds']:9.2f}{row['of_plain_rate']:15.2f}"
-                    f"{row['memory']:13.2f}",
-                    flush=True,
-                )
+        for name in chosen:
+            rows[name] = row = compare(ROWS[name], args.pairs, args.quick)
+            if not ROWS[name].compiled:  # a compiler's own memory would be counted
+                row["memory"] = memory_ratio(name, args.quick)
+            span = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+            memory = f"{row['memory']:13.2f}" if "memory" in row else f"{'-':>13}"
+            print(
+                f"{name:22}{row['ratio']:16.3f}{span:>16}{row['seconds']:9.2f}{row['of_plain_rate']:15.2f}{memory}",
+                flush=True,
+            )
     if args.json is not None:
         args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 

@@ -377,6 +377,22 @@ def test_a_full_disk_keeps_what_was_done(pipe: Pipeline, tmp_path: Path, calls: 
     assert not calls and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_an_encoder_that_fails_at_its_last_frames_leaves_no_video(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = media.VideoWriter.write
+
+    def write(self: media.VideoWriter, frames: media.Frames) -> None:
+        if self.frames + len(frames) >= SMALL["frames"]:
+            raise InputError("E8004", "encoder: it does not work here.")
+        right(self, frames)
+
+    monkeypatch.setattr(media.VideoWriter, "write", write)
+    with pytest.raises(InputError) as caught:
+        pipe.run(request(), out=tmp_path / "a.mp4")
+    assert caught.value.code == "E8004" and [path.name for path in tmp_path.iterdir()] == ["a.job"]
+
+
 def test_a_full_disk_before_the_first_step_leaves_nothing(pipe: Pipeline, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

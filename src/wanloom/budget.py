@@ -546,17 +546,17 @@ class Shortage:
 
 def need(
     plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_cpu: bool = False,
-    quantise: str | None = None, resident_blocks: int | None = None,
+    quantise: str | None = None, resident_blocks: int | None = None, vae_dtype: str = "float32",
 ) -> Need:  # fmt: skip
     """Bytes and operations of a run whose parts are loaded for their stage and released after it.
 
     On a GPU the host holds the finished frames and, one at a time, tensors on their way; and the text stage when the
     encoder stays on the CPU (t5_cpu).  Of a video in clips it holds those of a clip and of the past of the next.
     quantise and resident_blocks: see `part_bytes`; what is quantised and streamed waits in the host's memory.
+    vae_dtype: in which the VAE decodes.
     """
-    stages = _stages(
-        plan, variant, dtype, part_bytes(variant, dtype, quantise=quantise, resident_blocks=resident_blocks)
-    )
+    sizes = part_bytes(variant, dtype, quantise=quantise, resident_blocks=resident_blocks)
+    stages = _stages(plan, variant, dtype, sizes, vae_dtype)
     shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
     frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
     if not on_gpu:
@@ -573,7 +573,9 @@ def need(
     return Need(disk_bytes(plan), host, gpu, stages)
 
 
-def _stages(plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int]) -> tuple[StageNeed, ...]:
+def _stages(
+    plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int], vae_dtype: str
+) -> tuple[StageNeed, ...]:
     """text, audio and image (when there are such), denoise, decode: in the order they run, parts coming and going."""
     work = flops(plan, variant)
     reading = text_activations(variant.text, variant.dit.text_len, dtype)
@@ -589,9 +591,8 @@ def _stages(plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int]) 
         for clip in plan.segments
     )
     stages.append(StageNeed("denoise", part["dit"], denoising, work["denoise"]))
-    stages.append(
-        StageNeed("decode", part["vae"], vae_activations(variant.vae, plan.size, decode=True), work["decode"])
-    )
+    decoding = vae_activations(variant.vae, plan.size, decode=True, dtype=vae_dtype)
+    stages.append(StageNeed("decode", part["vae"] * DTYPE_BYTES[vae_dtype] // 4, decoding, work["decode"]))
     return tuple(stages)
 
 
@@ -668,8 +669,8 @@ def text_activations(config: TextConfig, length: int, dtype: str) -> int:
     return scores + length * bytes_each * (3 * config.ffn_dim + 4 * config.dim)
 
 
-def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool) -> int:
-    """Bytes of a streamed encode or decode in float32: what the stream remembers, and its widest layer at work.
+def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool, dtype: str = "float32") -> int:
+    """Bytes of a streamed encode or decode in `dtype`: what the stream remembers, and its widest layer at work.
 
     A piece of the stream is one latent.  What is remembered is replaced layer by layer.  A layer at work holds its
     input and the same with the past before it, its output, and that twice more in the convolution's own layout.
@@ -686,7 +687,7 @@ def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool) -
         values = layer.inputs * (2 * frames + layer.past) + 3 * layer.outputs * frames
         if layer.taps != RESAMPLING:  # never the widest: what they read or write, the layer beside them holds as well
             widest = max(widest, layer.pixels * values)
-    return 4 * (remembered + widest)
+    return DTYPE_BYTES[dtype] * (remembered + widest)
 
 
 def disk_bytes(plan: Sized) -> int:

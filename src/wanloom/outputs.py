@@ -1,4 +1,6 @@
-"""A video on its way out: frames are taken as they come, and the file gets its name when it is whole."""
+"""A video on its way out: frames are taken as they come, encoded while the next are decoded, and the file gets its name
+when it is whole.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ class Output:
     latents: of each clip, as the decoder got them.
     """
 
-    writer: media.VideoWriter | None
+    writer: media.BackgroundWriter | None
     room: int
     keep: bool
     latents: list[Tensor] = field(default_factory=list)
@@ -67,7 +69,6 @@ class Output:
         if self.writer is not None and self.room > 0:
             self.writer.write(quantise(pixels[:, : self.room]))
             self.room -= pixels.shape[1]
-            failpoint("encode")
         if self.keep:
             self.kept.append(pixels.cpu())
 
@@ -99,8 +100,12 @@ def in_file(
         # Its name ends as that of the temporary file does, so that `sweep` knows it, too.
         silent = temporary if sound is None else temporary.with_name(f".silent{temporary.name}")
         try:
-            with media.VideoWriter(silent, fps=plan.rate, quality=plan.quality, comment=plan.to_json()) as writer:
-                output = Output(writer, plan.frames, keep=tensors_file is not None)
+            comment = plan.to_json()
+            with (
+                media.VideoWriter(silent, fps=plan.rate, quality=plan.quality, comment=comment) as writer,
+                media.BackgroundWriter(writer) as encoder,
+            ):
+                output = Output(encoder, plan.frames, keep=tensors_file is not None)
                 yield output
             if sound is not None:
                 failpoint("sound")

@@ -7,8 +7,8 @@
 So the peak is the largest part and not their sum: the text encoder has left before a transformer comes, and one expert
 is there at a time.  Parts of small models (all together at most a quarter of what is free) stay loaded between uses.
 
-Transformer, text encoder and CLIP are loaded in `dtype`, VAE and audio encoder always in float32, as the reference
-runs them.
+Transformer, text encoder and CLIP are loaded in `dtype`, VAE and audio encoder in float32, as the reference runs them.
+What decodes may be in bfloat16 (`vae_dtype`); what encodes never is, for its errors would stand in every later frame.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
 from wanloom.models.layers import use_ops
 from wanloom.models.vae import CausalVae
+from wanloom.request import check_dtype
 from wanloom.runtime import machine
 from wanloom.runtime.attention import capability_of, kernel_for, use_kernel
 from wanloom.runtime.compile import compile_blocks
 from wanloom.runtime.fused import FUSED
-from wanloom.runtime.kernels import require_compiler, require_fused, require_method
+from wanloom.runtime.kernels import require_compiler, require_fused, require_method, require_vae_dtype
 from wanloom.runtime.quant import quantise
 from wanloom.runtime.streaming import Fill, HostBlocks, Streamed
 from wanloom.variants import Variant
@@ -58,10 +59,12 @@ class Parts:
     quantise: how transformers and text encoder keep their weights, a name of `runtime.quant.METHODS`; None: as their
     files do (what is there in 8 bits or in GGUF's blocks stays so, which gives the bits that widening it gives).
     resident_blocks: how many blocks of a transformer stay in memory while the others come and go; None: all.
-    resident: whether parts stay loaded after use; None decides by size.
+    vae_dtype: in which the VAE decodes; None: float32.  resident: whether parts stay loaded after use; None decides by
+    size.
 
     Errors: E2038, E8007 an attention kernel that is not known or not here, E2039, E8009 the same of a way to quantise,
-    E2040 blocks that cannot come and go, E8008 no compiler, E8014 no fused operations.
+    E2040 blocks that cannot come and go, E8008 no compiler, E8014 no fused operations, E2028, E8010 a dtype that the VAE
+    cannot decode in.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Parts:
         fused: bool = False,
         quantise: str | None = None,
         resident_blocks: int | None = None,
+        vae_dtype: str | None = None,
         resident: bool | None = None,
     ) -> None:
         self.variant, self.files = variant, files
@@ -91,6 +95,8 @@ class Parts:
         self.resident_blocks = check_blocks(
             resident_blocks, changed=None if quantise is None else "quantise", on_gpu=device != "cpu"
         )
+        self.vae_dtype = check_dtype(vae_dtype or "float32", "vae-dtype")
+        require_vae_dtype(self.vae_dtype, capability_of(device))
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
         self.resident = self._small() if resident is None else resident
         self.lora: Path | None = None
@@ -105,6 +111,8 @@ class Parts:
     def precision(self) -> dict[str, str]:
         """Part -> the dtype it computes in, and where the text is encoded: what decides the bits of a result."""
         names = {"dit": self.dtype, "text": self.dtype, "vae": "float32"}
+        if self.vae_dtype != "float32":
+            names["vae"] += f", decoding {self.vae_dtype}"
         if self.files.audio is not None:
             names["audio"] = "float32"
         if self.text_device != self.device:
@@ -123,8 +131,10 @@ class Parts:
     def use(self, part: str, expert: str | None = None) -> Iterator[Any]:
         """A part ("text", "clip", "audio", "vae", "dit" with its expert) as a module in eval mode, gone afterwards.
 
-        Errors: those of `checkpoint.load_into`.
+        "decoder" is the VAE, too, in the dtype it decodes in.  Errors: those of `checkpoint.load_into`.
         """
+        if part == "decoder" and self.vae_dtype == "float32":
+            part = "vae"
         key = part, expert
         module = self._loaded.get(key)
         if module is None:
@@ -172,11 +182,13 @@ class Parts:
 
     def _load(self, part: str, expert: str | None) -> nn.Module:
         """A part on its device, without gradients."""
+        dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
+        if part == "decoder":
+            part, dtype = "vae", DTYPES[self.vae_dtype]
         path = self.files.experts[expert] if part == "dit" and expert else getattr(self.files, part)
         assert path is not None, f"{self.variant.name} has no part {part}"
         with torch.device("meta"):
             module = BUILD[part](self.variant)
-        dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
         device = self.text_device if part == "text" else self.device
         weights = open_weights(path, kind=part)
         if part == "dit":

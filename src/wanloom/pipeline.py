@@ -104,12 +104,13 @@ class Pipeline:
         fused: bool = False,
         quantise: str | None = None,
         resident_blocks: int | None = None,
+        vae_dtype: str | None = None,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
         self.parts = Parts(
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
-            compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks,
+            compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks, vae_dtype=vae_dtype,
         )  # fmt: skip
         self.variant = variant
         self._identity = cache(identity)
@@ -203,7 +204,7 @@ class Pipeline:
         on_gpu = self.device != "cpu"
         need = budget.need(
             plan, self.variant, self.parts.dtype, on_gpu=on_gpu, quantise=self.parts.quantise,
-            resident_blocks=self.parts.resident_blocks,
+            resident_blocks=self.parts.resident_blocks, vae_dtype=self.parts.vae_dtype,
         )  # fmt: skip
         for path in outputs:
             overwrite = request.overwrite or resuming  # a continued job looks at the file itself
@@ -512,7 +513,7 @@ class Pipeline:
         count = latents[0].shape[1]
         total = count * len(latents)
         yield work.event("decode", 0, total)
-        with self.parts.use("vae") as vae:
+        with self.parts.use("decoder") as vae:
             for take, (plan, z) in enumerate(zip(work.plans, latents, strict=True)):
                 if work.outputs and work.job.published(work.outputs[take]):
                     continue
@@ -535,7 +536,7 @@ class Pipeline:
             z = torch.cat((conditioning.lead[0].to(z), z), 1)
         output.clip(z)
         skip, left, step = segment.skip, segment.frames, 0
-        with self.parts.use("vae") as vae:
+        with self.parts.use("decoder") as vae:
             for number, piece in enumerate(self._frames(vae, z), start=1):
                 shown = piece[:, min(skip, piece.shape[1]) :][:, :left]
                 skip, left = max(0, skip - piece.shape[1]), left - shown.shape[1]
@@ -566,12 +567,13 @@ def load(
     fused: bool = False,
     quantise: str | None = None,
     resident_blocks: int | None = None,
+    vae_dtype: str | None = None,
     **parts: str | Path,
 ) -> Pipeline:
     """A pipeline from a checkpoint directory, the name of a demo model, or nothing (the demo model of `task`).
 
     Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  device to
-    resident_blocks: see `Pipeline`; t5_cpu: the text encoder on the CPU.  parts: single files beside or instead of the
+    vae_dtype: see `Pipeline`; t5_cpu: the text encoder on the CPU.  parts: single files beside or instead of the
     directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
 
     Errors: E2001 weights are needed, E2002 an unknown task or several that fit, E4xxx what is wrong with the files.
@@ -592,6 +594,7 @@ def load(
     return Pipeline(
         survey(variant, files), files, device=device, dtype=dtype, text_device="cpu" if t5_cpu else None,
         attention=attention, compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks,
+        vae_dtype=vae_dtype,
     )  # fmt: skip
 
 

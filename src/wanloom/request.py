@@ -169,6 +169,10 @@ def parse_dtype(text: str) -> str:
     return check_dtype(text)
 
 
+def parse_vae_dtype(text: str) -> str:
+    return check_dtype(text, "vae-dtype")
+
+
 # --- checks of values, shared by text and Python -----------------------------------------------------------------
 
 
@@ -199,9 +203,9 @@ def check_device(value: str, name: str) -> str:
     return value
 
 
-def check_dtype(value: str) -> str:
+def check_dtype(value: str, name: str = "dtype") -> str:
     if value not in DTYPES:
-        raise InputError("E2028", f"dtype: '{value}' is not known. {did_you_mean(value, DTYPES)}")
+        raise InputError("E2028", f"{name}: '{value}' is not known. {did_you_mean(value, DTYPES)}")
     return value
 
 
@@ -380,6 +384,9 @@ class Request:
     num: int = _option("run", parse_num, "how many videos, with seeds s, s+1, ...", default=1, metavar="N")
     device: str | None = _option("run", parse_device, "cpu, cuda or cuda:N", metavar="NAME")
     dtype: str | None = _option("run", parse_dtype, "float32 or bfloat16", metavar="NAME")
+    vae_dtype: str | None = _option(
+        "run", parse_vae_dtype, "number format of the VAE's decoder: float32, or bfloat16 (near)", metavar="NAME"
+    )
     attention: str | None = _option(
         "run", parse_text, "attention kernel; `wanloom doctor` names those that are here", metavar="NAME"
     )

@@ -24,8 +24,11 @@ from wanloom.plan import Plan, make_plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS, Variant, variant_for
 
-# Ways to keep a transformer in less memory: as it is, in the memory of two blocks (the same bits), in 8 bits.
-KEEPS: tuple[dict[str, Any], ...] = ({}, {"resident_blocks": 0}, {"quantise": "int8"})
+# Ways to take less memory: as it is, a transformer in the memory of two blocks (the same bits), then also a decoder in
+# half of it; a transformer in 8 bits.
+KEEPS: tuple[dict[str, Any], ...] = (
+    {}, {"resident_blocks": 0}, {"resident_blocks": 0, "vae_dtype": "bfloat16"}, {"quantise": "int8"},
+)  # fmt: skip
 RESOURCES = {"disk": "disk", "host": "memory", "gpu": "GPU"}
 
 

@@ -12,7 +12,11 @@ from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.runtime import machine
+<<<<<<< HEAD
 from wanloom.runtime.kernels import require_compiler, require_fused, require_kernel, require_method
+=======
+from wanloom.runtime.kernels import require_compiler, require_kernel, require_method, require_vae_dtype
+>>>>>>> w-speed
 from wanloom.variants import Variant
 
 PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
@@ -22,7 +26,11 @@ def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
     Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
+<<<<<<< HEAD
     E8014 fused operations, E2040 blocks that cannot come and go.
+=======
+    E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in.
+>>>>>>> w-speed
     """
     _check_gpu(request)
     on_gpu = runs_on_gpu(request)
@@ -33,6 +41,8 @@ def check_machine(request: Request) -> None:
         require_fused(capability)
     if request.quantise is not None:
         require_method(request.quantise, capability)
+    if request.vae_dtype is not None and on_gpu:
+        require_vae_dtype(request.vae_dtype, capability)
     lora = "a LoRA" if request.use_relighting_lora else None
     changed = "quantise" if request.quantise is not None else lora
     budget.check_blocks(request.resident_blocks, changed=changed, on_gpu=on_gpu)
@@ -76,7 +86,7 @@ def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool) -> 
     """What a run takes the way it was asked for."""
     return budget.need(
         plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu, t5_cpu=request.t5_cpu,
-        quantise=request.quantise, resident_blocks=request.resident_blocks,
+        quantise=request.quantise, resident_blocks=request.resident_blocks, vae_dtype=request.vae_dtype or "float32",
     )  # fmt: skip
 
 

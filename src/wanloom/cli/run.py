@@ -53,6 +53,7 @@ def pipeline_of(run: Prepared) -> Pipeline:
         fused=request.fused,
         quantise=request.quantise,
         resident_blocks=request.resident_blocks,
+        vae_dtype=request.vae_dtype,
     )
 
 

@@ -8,6 +8,7 @@ and `save_video` publishes a file complete or not at all.
 
 from __future__ import annotations
 
+from wanloom.media.background import BackgroundWriter
 from wanloom.media.muxing import add_sound, can_carry_sound, has_sound
 from wanloom.media.pictures import Frames, Picture, cover_crop, decode_image, read_image, read_picture, read_regular
 from wanloom.media.reading import Clip, VideoReader, read_comment, read_video
@@ -18,6 +19,7 @@ from wanloom.media.writing import CODECS, Codec, VideoWriter, check_output, save
 
 __all__ = [
     "CODECS",
+    "BackgroundWriter",
     "Clip",
     "Codec",
     "Frames",

@@ -1,4 +1,4 @@
-"""Which attention kernels, 8-bit products and compilers this machine has: facts and checks without torch.
+"""Which attention kernels, products in few bits and compilers this machine has: facts and checks without torch.
 
 `attention.py` has the functions themselves.  Exact kernels differ from one another by rounding alone; near ones compute
 in 8 bits.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wanloom.errors import InputError, did_you_mean
+from wanloom.errors import InputError, WanloomWarning, did_you_mean
+from wanloom.runtime import machine
 
 Capability = tuple[int, int]
 
@@ -123,6 +125,18 @@ def require_method(name: str, capability: Capability | None) -> None:
     if capability < needs[0]:
         found = f"this GPU has compute capability {_text(capability)}, {how} products need {_text(needs[0])}"
         raise InputError("E8009", f"{name}: {found}. {cure}")
+
+
+def require_vae_dtype(dtype: str, capability: Capability | None) -> None:
+    """Error: E8010 when a GPU has no convolutions in this dtype.  Warning: W8010 when a CPU has no products in it."""
+    if dtype != "bfloat16":
+        return
+    if capability is None and not any("BF16" in feature for feature in machine.cpu().features):
+        text = "W8010: vae-dtype: this CPU has no bfloat16 products; decoding takes less memory and more time."
+        warnings.warn(WanloomWarning(text), stacklevel=3)
+    if capability is not None and capability < AMPERE:
+        found = f"this GPU has compute capability {_text(capability)}, bfloat16 convolutions need {_text(AMPERE)}"
+        raise InputError("E8010", f"vae-dtype: {found}. Use float32.")
 
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
