@@ -22,6 +22,8 @@ KINDS = {
     "weights": "weights in the number format of the runs",
 }
 
+LOCK = ".lock"  # in a folder where one process at a time writes
+
 
 def home() -> Path:
     """The cache directory, there or not."""
@@ -54,12 +56,14 @@ class Store:
         (home() / self.kind).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def trim(self) -> None:
-        """Delete what was not used for longest until the rest is within the limit."""
+        """Delete what was not used for longest until the rest is within the limit; not what is being written."""
         found = sorted(_kept(self.kind))
         total = sum(size for _, size, _ in found)
         for _, size, path in found:
             if total <= self.limit:
                 return
+            if path.name.startswith("."):
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -81,11 +85,11 @@ def clear() -> int:
 
 
 def _kept(kind: str) -> list[tuple[float, int, Path]]:
-    """When it was used last, its bytes, and the path, of all that was kept; what a run is writing is not listed."""
+    """When it was used last, its bytes, and the path, of all that is there."""
     folder = home() / kind
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith("."):
+        if path.name == LOCK:
             continue
         try:
             inside = [file.stat().st_size for file in path.iterdir()] if path.is_dir() else [path.stat().st_size]

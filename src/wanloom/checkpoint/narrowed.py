@@ -42,13 +42,13 @@ from wanloom.checkpoint import manifest
 from wanloom.checkpoint.blocks import FileBlocks, file_blocks, load_streamed
 from wanloom.checkpoint.documents import read_json
 from wanloom.checkpoint.header import Header
-from wanloom.checkpoint.load import load_into, read_ahead, verified
+from wanloom.checkpoint.load import ahead, load_into, read_ahead, read_source, verified
 from wanloom.checkpoint.weights import Source, Weights, open_weights
 from wanloom.checkpoint.write import NAMES, Item, write_file
 from wanloom.durable import atomic_folder, discard, sweep, write_atomic
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.runtime import machine
-from wanloom.store import Store, home
+from wanloom.store import LOCK, Store, home
 
 if TYPE_CHECKING:
     import torch
@@ -238,21 +238,24 @@ def _make(store: Store, folder: Path, weights: Weights, dtype: torch.dtype) -> W
 def _write(part: Path, weights: Weights, dtype: torch.dtype) -> None:
     """The file and its table in a folder, read again as it will be.  In memory are the few tensors read ahead."""
     digests: dict[str, str] = {}
-    sources = {name: weights.tensors[name] for name in sorted(weights.tensors)}
     word = NAMES[str(dtype).removeprefix("torch.")]
 
-    def make(name: str, values: Iterator[tuple[str, Tensor]]) -> Tensor:
+    def read(name: str) -> Tensor:
         import torch
 
-        found, value = next(values)
-        assert found == name, "a file of one number format is written in the order of names"
-        value = value.to(dtype).contiguous()
+        value = read_source(weights.tensors[name]).to(dtype).contiguous()
         raw = memoryview(value.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in load.read_entry
         digests[name] = hashlib.sha256(raw).hexdigest()
         return value
 
-    with verified(weights), closing(read_ahead(sources)) as values:
-        items = [Item(name, word, source.shape, partial(make, name, values)) for name, source in sources.items()]
+    def take(name: str, values: Iterator[tuple[str, Tensor]]) -> Tensor:
+        found, value = next(values)
+        assert found == name, "a file of one number format is written in the order of names"
+        return value
+
+    with verified(weights), closing(ahead(sorted(weights.tensors), read)) as values:
+        shapes = weights.shapes.items()
+        items = [Item(name, word, shape, partial(take, name, values)) for name, shape in shapes]
         write_file(part / FILE, items, weights.metadata)
     (header,) = open_weights(part / FILE, kind=weights.kind).headers
     text = json.dumps({"format": FORMAT, "header": _digest(header), "sha256": digests})
@@ -264,7 +267,7 @@ def _write(part: Path, weights: Weights, dtype: torch.dtype) -> None:
 @contextmanager
 def _alone(place: Path) -> Iterator[bool]:
     """Whether this process is the only one that writes here, for as long as the block lasts."""
-    handle = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    handle = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
