@@ -64,8 +64,8 @@ def test_the_boundary_itself_belongs_to_the_high_noise_expert() -> None:
 
 def test_the_first_number_of_guidance_is_for_low_noise() -> None:
     t2v = VARIANTS["t2v-A14B"]
-    assert t2v.guidance_at(999, t2v.defaults.guidance) == 4.0
-    assert t2v.guidance_at(235, t2v.defaults.guidance) == 3.0
+    assert t2v.guidance_of(t2v.expert_at(999), t2v.defaults.guidance) == 4.0
+    assert t2v.guidance_of(t2v.expert_at(235), t2v.defaults.guidance) == 3.0
 
 
 def test_the_shift_of_wan21_i2v_follows_the_size() -> None:

@@ -77,6 +77,29 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `path` when the block ends, and vanishes when the block raises.
+
+    Its files have to be durable by themselves, as `atomic_path` makes them.  Where another process made `path`
+    meanwhile, that one stays.  Errors: OSError as it comes.
+    """
+    temporary = path.with_name(_temporary_name(path))
+    temporary.mkdir(mode=0o700)
+    try:
+        yield temporary
+        sync_directory(temporary)
+        failpoint("rename folder")
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def failpoint(name: str) -> None:
     """Die here as by `kill -9` when WANLOOM_FAILPOINT says `name` (or `name:3`, the third time): for the tests only."""
     point, _, nth = os.environ.get("WANLOOM_FAILPOINT", "").partition(":")

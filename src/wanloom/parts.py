@@ -24,10 +24,9 @@ import torch
 from torch import nn
 
 from wanloom.budget import check_blocks, part_bytes
-from wanloom.checkpoint.blocks import load_streamed
 from wanloom.checkpoint.find import Files
-from wanloom.checkpoint.load import load_into
 from wanloom.checkpoint.lora import merge, read_lora
+from wanloom.checkpoint.narrowed import load_into_narrowed, load_streamed_narrowed
 from wanloom.checkpoint.packed import holds_packed, load_packed
 from wanloom.checkpoint.weights import Weights, list_files, open_weights
 from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
@@ -196,7 +195,7 @@ class Parts:
         elif part in PACKED and (self.quantise or holds_packed(weights)):
             load_packed(module, weights, dtype=dtype, device=device, how=self.quantise)
         else:
-            load_into(module, weights, dtype=dtype, device=device)
+            load_into_narrowed(module, weights, dtype=dtype, device=device)
         return module.eval().requires_grad_(False)
 
     def _fill_dit(self, dit: Any, weights: Weights, dtype: torch.dtype) -> None:
@@ -208,7 +207,7 @@ class Parts:
         if self.resident_blocks is None:
             self._fill_whole(dit, weights, dtype, self.device)
         elif self.quantise is None and self.lora is None:
-            source = load_streamed(dit, weights, dtype=dtype, device=self.device)
+            source = load_streamed_narrowed(dit, weights, dtype=dtype, device=self.device)
         else:
             self._fill_whole(dit, weights, dtype, "cpu")
             source = HostBlocks(dit.blocks, pinned=True)
@@ -227,14 +226,14 @@ class Parts:
     def _fill_whole(self, dit: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
         """All weights of a transformer on a device; a LoRA goes into whole weights, which are quantised after it."""
         if self.lora is not None:
-            load_into(dit, weights, dtype=dtype, device=device)
+            load_into_narrowed(dit, weights, dtype=dtype, device=device)
             merge(dit, read_lora(self.lora))
             if self.quantise is not None:
                 quantise(dit, self.quantise, device=self.device)
         elif self.quantise is not None or holds_packed(weights):
             load_packed(dit, weights, dtype=dtype, device=device, how=self.quantise)
         else:
-            load_into(dit, weights, dtype=dtype, device=device)
+            load_into_narrowed(dit, weights, dtype=dtype, device=device)
 
     def _small(self) -> bool:
         """Whether all parts together are small beside the free memory of the device."""

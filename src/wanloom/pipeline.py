@@ -428,7 +428,10 @@ class Pipeline:
             with self.parts.use("dit", expert=name) as dit, work.shortcuts.around(dit) as shortened:
                 yield shortened
 
-        return Experts(self.variant.experts, use)
+        def of_this_step(t: float) -> str:
+            return work.plan.span_at(work.shortcuts.clock.step).expert
+
+        return Experts(self.variant.experts, use, choose=of_this_step)
 
     def _binder(
         self, work: Work, conditioning: Conditioning, said: dict[str, Tensor]

@@ -135,6 +135,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # worth one warning line each
     speech: Speech | None = None
     animation: Animation | None = None
+    boundary_step: int | None = None  # steps of the high-noise expert, as asked; None: the model's noise level decides
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
@@ -205,7 +206,8 @@ def make_plan(
     them too and is recorded.  draft=True is for counting bytes: prompt and pictures may be absent.
     random_seed: what seed -1 becomes (a random number by default).
 
-    Errors: InputError E2002 to E2017, E2023 and E2029 to E2032, one per mistake, each naming the field and the cure.
+    Errors: InputError E2002 to E2017, E2023, E2029 to E2032 and E2052, one per mistake, each naming the field and the
+    cure.
     """
     check_request(request, variant, draft=draft)
     given = {item.role: item.size for item in inputs}
@@ -222,6 +224,7 @@ def make_plan(
             "E2005", f"frames: got 1, a last picture needs a second frame. Use {variant.vae.stride[0] + 1}."
         )
     shift, schedule = _schedule(request, variant, asked)
+    _check_boundary(request.boundary_step, variant, schedule.steps)
     low_high = _guidance(request, variant)
     seed = _decide_seed(request, random_seed)
     cuts = _cuts(request, variant, frames, inputs, speech, animation)
@@ -244,7 +247,7 @@ def make_plan(
         sigmas=schedule.sigmas,
         timesteps=schedule.timesteps,
         guidance=low_high,
-        spans=expert_spans(variant, schedule.timesteps, low_high),
+        spans=expert_spans(variant, schedule.timesteps, low_high, request.boundary_step),
         seed=seed,
         noise_device=_default(request.noise_device, "cpu"),
         segments=segments,
@@ -255,6 +258,7 @@ def make_plan(
         notes=(*_notes(variant, asked, animation), *window_notes(speech, _samples(inputs))),
         speech=speech,
         animation=animation,
+        boundary_step=request.boundary_step,
     )
 
 
@@ -270,6 +274,7 @@ def request_like(plan: Plan) -> Request:
         steps=None if explicit else plan.steps,
         shift=plan.shift,
         sigmas=plan.sigmas if explicit else None,
+        boundary_step=plan.boundary_step,
         guidance=low if low == high else (low, high),
         sampler=plan.sampler,
         cache=plan.cache,
@@ -434,9 +439,13 @@ def _frames(request: Request, variant: Variant) -> int:
 def _schedule(request: Request, variant: Variant, asked: Size) -> tuple[float | None, Schedule]:
     sampler = _default(request.sampler, variant.defaults.sampler)
     if request.sigmas is not None:
-        if request.steps is not None or request.shift is not None:
+        if request.shift is not None:
             raise InputError("E2023", "sigmas: they already say steps and shift. Leave --steps and --shift out.")
-        return None, explicit_schedule(sampler, request.sigmas)
+        schedule = explicit_schedule(sampler, request.sigmas)
+        if request.steps not in (None, schedule.steps):
+            what = f"{schedule.steps} noise levels are {schedule.steps} steps, not {request.steps}"
+            raise InputError("E2023", f"sigmas: {what}. Leave --steps and --shift out.")
+        return None, schedule
     _whole_between(request.steps, "steps", "E2007", 1, MAX_STEPS)
     steps = _default(request.steps, variant.defaults.steps)
     shift = _default(request.shift, variant.defaults.shift_for(asked))
@@ -460,15 +469,34 @@ def _guidance(request: Request, variant: Variant) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def expert_spans(variant: Variant, timesteps: Sequence[float], guidance: tuple[float, float]) -> tuple[Span, ...]:
-    """Which expert runs which steps: t >= from_t * 1000, compared in double precision, high noise first."""
+def _check_boundary(step: int | None, variant: Variant, steps: int) -> None:
+    """Error: E2052 unless both of two experts have a step."""
+    if step is None:
+        return
+    if len(variant.experts) == 1:
+        raise InputError("E2052", f"boundary-step: {variant.name} has one expert, which makes all steps. Leave it out.")
+    if type(step) is not int or not 1 <= step < steps:
+        can = f"1..{steps - 1}" if steps > 1 else "two steps at least"
+        raise InputError("E2052", f"boundary-step: got {step}, expected {can}: both experts make a step.")
+
+
+def expert_spans(
+    variant: Variant,
+    timesteps: Sequence[float],
+    guidance: tuple[float, float],
+    boundary_step: int | None = None,
+) -> tuple[Span, ...]:
+    """Which expert runs which steps: t >= from_t * 1000, compared in double precision, high noise first.
+
+    boundary_step: the first of two experts runs so many steps, whatever their t.
+    """
     spans: list[Span] = []
     for step, t in enumerate(timesteps):
-        expert = variant.expert_at(t)
+        expert = variant.expert_at(t) if boundary_step is None else variant.expert_names[step >= boundary_step]
         if spans and spans[-1].expert == expert:
             spans[-1] = replace(spans[-1], stop=step + 1)
         else:
-            scale = variant.guidance_at(t, guidance)
+            scale = variant.guidance_of(expert, guidance)
             spans.append(Span(expert=expert, start=step, stop=step + 1, guidance=scale))
     return tuple(spans)
 

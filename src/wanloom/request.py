@@ -121,6 +121,10 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
     return tuple(_number(part, "sigmas", "E2031", "numbers in (0, 1], falling") for part in text.split(","))
 
 
+def parse_boundary_step(text: str) -> int:
+    return _integer(text, "boundary-step", "E2052", "a whole number of steps")
+
+
 def parse_fps(text: str) -> int:
     return _integer(text, "fps", "E2032", "a whole number, 1..120")
 
@@ -294,6 +298,12 @@ class Request:
     sampler: str | None = _option("video", parse_sampler, "unipc, dpm++ or euler", "sample-solver", metavar="NAME")
     sigmas: tuple[float, ...] | None = _option(
         "video", parse_sigmas, "explicit noise levels instead of steps and shift, e.g. 1,0.9,0.6", metavar="X,X,.."
+    )
+    boundary_step: int | None = _option(
+        "video",
+        parse_boundary_step,
+        "how many steps the high-noise expert makes (default: by the model's noise level)",
+        metavar="N",
     )
     cache: str | None = _option(
         "video", parse_cache, f"skip steps that change little (lossy): {', '.join(CACHE_NAMES)}", metavar="NAME"

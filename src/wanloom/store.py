@@ -16,7 +16,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = {"prompts": "encoded prompts", "fits": "what step caches know of models"}
+KINDS = {
+    "prompts": "encoded prompts",
+    "fits": "what step caches know of models",
+    "weights": "weights in the number format of the runs",
+}
+
+LOCK = ".lock"  # in a folder where one process at a time writes
 
 
 def home() -> Path:
@@ -32,14 +38,17 @@ def home() -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """The files of one kind.  limit: bytes that they may take together; suffix: what their names end in."""
+    """The files of one kind, or folders where the suffix is empty.
+
+    limit: bytes that they may take together; suffix: what their names end in.
+    """
 
     kind: str
     limit: int
     suffix: str = ".safetensors"
 
     def path(self, key: str) -> Path:
-        """Where the file of this key (hexadecimal digits) is, or would be."""
+        """Where the file or folder of this key (hexadecimal digits) is, or would be."""
         return home() / self.kind / f"{key}{self.suffix}"
 
     def open(self) -> None:
@@ -47,19 +56,24 @@ class Store:
         (home() / self.kind).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def trim(self) -> None:
-        """Delete the files that were not used for longest until the rest is within the limit."""
-        files = sorted((stat.st_mtime, stat.st_size, path) for path, stat in _files(self.kind))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in files:
+        """Delete what was not used for longest until the rest is within the limit; not what is being written."""
+        found = sorted(_kept(self.kind))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in found:
             if total <= self.limit:
                 return
-            path.unlink(missing_ok=True)
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
             total -= size
 
 
 def sizes() -> dict[str, tuple[int, int]]:
-    """Kind -> number of files and their bytes."""
-    return {kind: (len(found := _files(kind)), sum(stat.st_size for _, stat in found)) for kind in KINDS}
+    """Kind -> how many files (or folders) there are, and their bytes."""
+    return {kind: (len(found := _kept(kind)), sum(size for _, size, _ in found)) for kind in KINDS}
 
 
 def clear() -> int:
@@ -70,12 +84,16 @@ def clear() -> int:
     return total
 
 
-def _files(kind: str) -> list[tuple[Path, os.stat_result]]:
+def _kept(kind: str) -> list[tuple[float, int, Path]]:
+    """When it was used last, its bytes, and the path, of all that is there."""
     folder = home() / kind
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name == LOCK:
+            continue
         try:
-            found.append((path, path.stat()))
+            inside = [file.stat().st_size for file in path.iterdir()] if path.is_dir() else [path.stat().st_size]
+            found.append((path.stat().st_mtime, sum(inside), path))
         except OSError:  # another run deleted it
             continue
     return found

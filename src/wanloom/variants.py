@@ -121,9 +121,9 @@ class Variant:
         """The expert that runs a step with timestep t in [0, 1000]."""
         return next(name for name, start in self.experts if t >= start * 1000)
 
-    def guidance_at(self, t: float, guidance: tuple[float, float]) -> float:
-        """The scale of a step: `guidance` is (low, high), and high belongs to the first of two experts."""
-        return guidance[1] if self.expert_at(t) == self.experts[0][0] else guidance[0]
+    def guidance_of(self, expert: str, guidance: tuple[float, float]) -> float:
+        """The scale of an expert's steps: `guidance` is (low, high), and high belongs to the first of two experts."""
+        return guidance[1] if expert == self.experts[0][0] else guidance[0]
 
 
 _TOKENIZER = PublishedFile(part="tokenizer", name="google/umt5-xxl/tokenizer.json", bytes=16_837_417)

@@ -72,7 +72,7 @@ REFUSED: dict[int, list[tuple[str, str, str]]] = {
     ],
     38: [
         (f"{GOOD} --device cpu --noise-device cuda", "E2023", "cuda conflicts with --device cpu"),
-        (f"{GOOD} --sigmas 1,0.5 --steps 2", "E2023", "Leave --steps and --shift out"),
+        (f"{GOOD} --sigmas 1,0.5 --steps 3", "E2023", "2 noise levels are 2 steps, not 3"),
         (f"{GOOD} --like a.mp4 --resume a.job", "E2023", "conflicts with --like"),
     ],
     39: [

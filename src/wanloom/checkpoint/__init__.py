@@ -21,6 +21,7 @@ find.py       the published, diffusers and ComfyUI directories, or one path for 
 load.py       survey and loading
 lora.py       low-rank changes, read and added to weights
 manifest.py   SHA-256 of every file
+narrowed.py   wide files narrowed once, in the user's cache
 convert.py    one layout into another; `save_official` for the trainer
 inspect.py    what a path is, for people and as data
 """

@@ -32,6 +32,7 @@ from wanloom.checkpoint.load import (
     read_bytes,
     read_entry,
     read_source,
+    require_digest,
     require_finite,
     verified,
 )
@@ -55,8 +56,8 @@ Files = dict[Path, FileIO]
 class FileBlocks:
     """Called with a block's number and its tensors (name in the block -> contiguous tensor on the host), fills these.
 
-    Errors (InputError): E4001, E4006, E4011 for a file that was removed, cut or changed, E4010 for values that are not
-    finite.
+    Errors (InputError): E4001, E4006, E4011 for a file that was removed, cut, changed or is damaged, E4010 for values
+    that are not finite.
     """
 
     weights: Weights
@@ -78,6 +79,8 @@ class FileBlocks:
         if block not in self._finite:
             for name, source in sources.items():
                 check_finite(source, tensors[name])
+                if source.entries[0].sha256 is not None:
+                    require_digest(source.entries[0], _bytes(tensors[name]))
             self._finite.add(block)
 
 
@@ -111,11 +114,17 @@ def load_streamed(
     with torch.no_grad():
         module.load_state_dict(loaded, strict=False, assign=True)
     state = module.state_dict(keep_vars=True)
-    places: dict[int, dict[str, Source]] = {}
-    for name, (block, inner, source) in inside.items():
+    for name, (_, _, source) in inside.items():
         plain = source.scales[0] is None and source.dtype in TORCH_DTYPES
         stored = getattr(torch, TORCH_DTYPES[source.dtype]) if plain else torch.float32
         state[name].data = torch.empty_like(state[name], dtype=target(name, stored))  # still on the meta device
+    return file_blocks(module, weights)
+
+
+def file_blocks(module: nn.Module, weights: Weights) -> FileBlocks:
+    """The source of a transformer's blocks in these files; nothing is read.  Errors: those of names and shapes."""
+    places: dict[int, dict[str, Source]] = {}
+    for block, inner, source in _divide(module, weights)[0].values():
         places.setdefault(block, {})[inner] = source
     return FileBlocks(weights, places)
 
@@ -195,10 +204,14 @@ def _open(file: Path) -> FileIO:
 
 def _read(file: FileIO, entry: Entry, at: int, target: Tensor) -> None:
     """Fill `target` with the bytes of a stored tensor from byte `at` on.  Errors: E4001, E4006."""
-    import torch
-
-    room = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in load.read_entry
     try:
-        read_bytes(file, entry, at, room)
+        read_bytes(file, entry, at, _bytes(target))
     except OSError as error:
         raise InputError("E4001", f"{entry.file}: cannot be read ({error.strerror}).") from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in load.read_entry

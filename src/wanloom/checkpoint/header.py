@@ -50,7 +50,7 @@ class Entry:
     """One stored tensor: `size` bytes at `offset` of `file`.
 
     `stride` (in values) is given only by pickles whose tensor is a view that is not contiguous; its values then lie
-    somewhere in these bytes.
+    somewhere in these bytes.  `sha256` is given where somebody recorded what the bytes must be.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Entry:
     offset: int
     size: int
     stride: tuple[int, ...] | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

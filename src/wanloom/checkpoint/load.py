@@ -12,15 +12,16 @@ process), turned into `dtype`, checked to be finite, and become the module's par
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from wanloom.checkpoint import manifest
 from wanloom.checkpoint.detect import (
@@ -45,6 +46,8 @@ from wanloom.variants import Variant
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+T = TypeVar("T")
 
 LARGEST_TOKENIZER = 64 * 2**20  # bytes; the published one has 17 MB
 READERS = 3  # threads that read tensors ahead; the largest tensor has 0.3 GB (2.1 GB: the text encoder's embedding)
@@ -277,13 +280,20 @@ def match_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> dict
     return plan
 
 
-def read_ahead(sources: Mapping[str, Source]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in its turn, while the next few are being read: one thread does not keep a fast disk busy."""
-    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+def read_ahead(sources: Mapping[str, Source]) -> Generator[tuple[str, Tensor]]:
+    """Each tensor in its turn, while the next few are being read."""
+    return ahead(sources, lambda name: read_source(sources[name]))
+
+
+def ahead(names: Iterable[str], read: Callable[[str], T]) -> Generator[tuple[str, T]]:
+    """Each name with what `read` gives for it, in turn, while the next few are being read: one thread does not keep a
+    fast disk busy.
+    """
+    waiting: deque[tuple[str, Future[T]]] = deque()
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
     try:
-        for name, source in sources.items():
-            waiting.append((name, pool.submit(read_source, source)))
+        for name in names:
+            waiting.append((name, pool.submit(read, name)))
             if len(waiting) > READERS:
                 first, job = waiting.popleft()
                 yield first, job.result()
@@ -312,7 +322,7 @@ def dequantise(value: Tensor, scale: Tensor) -> Tensor:
 
 
 def read_entry(entry: Entry) -> Tensor:
-    """A stored tensor in its own dtype (of GGUF's blocks: float32), by plain reads.  Errors: E4001, E4006."""
+    """A stored tensor in its own dtype (of GGUF's blocks: float32), by plain reads.  Errors: E4001, E4006, E4011."""
     import torch
 
     if entry.dtype not in TORCH_DTYPES:  # GGUF's blocks
@@ -327,6 +337,7 @@ def read_entry(entry: Entry) -> Tensor:
             read_bytes(file, entry, 0, view)
     except OSError as error:
         raise InputError("E4001", f"{entry.file}: cannot be read ({error.strerror}).") from error
+    require_digest(entry, view)
     flat = raw.view(dtype)
     if entry.stride is not None:
         return flat.as_strided(entry.shape, entry.stride).contiguous()
@@ -342,6 +353,12 @@ def read_bytes(file: FileIO, entry: Entry, at: int, room: memoryview) -> None:
         if not count:
             raise InputError("E4006", f"{entry.file}: ends inside tensor {entry.name}; it changed while it was read.")
         done += count
+
+
+def require_digest(entry: Entry, data: memoryview) -> None:
+    """E4011 when these bytes of a stored tensor are not what was recorded of it."""
+    if entry.sha256 is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise InputError("E4011", f"{entry.file}: tensor {entry.name}: SHA-256 mismatch: the file is damaged.")
 
 
 def natural_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,8 +6,8 @@
     packed = load_packed(dit, weights, dtype=torch.bfloat16, device="cuda", how="fp8")  # whatever the file has
 
 It does what `load_into` does, with the same checks, and replaces the linear layers of the blocks by those of `runtime`
-on the way: at no time is more than one of them there in full, so a model needs no more memory to be loaded than it has
-afterwards.  What is kept has the values that `load_into` would have read, to the bit.
+on the way: at no time are more than the few that are read ahead there in full, so a model needs hardly more memory to
+be loaded than it has afterwards.  What is kept has the values that `load_into` would have read, to the bit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wanloom.checkpoint.gguf import BLOCKS, read_blocks, read_packed
 from wanloom.checkpoint.header import Entry
 from wanloom.checkpoint.load import (
+    ahead,
     match_names,
     natural_dtype,
     place_on_disk,
@@ -77,16 +78,25 @@ def load_packed(
     loaded: dict[str, Tensor] = {}
     layers: dict[str, FrozenLinear] = {}
     kept = 0
+
+    def freezes(official: str) -> bool:
+        return plan[official][0][0] in targets and (how is not None or keepable(weights.tensors[official]))
+
+    def read(official: str) -> FrozenLinear | Tensor:
+        source = weights.tensors[official]
+        return (kept_layer(source, how) or _read(source, None)) if freezes(official) else _read(source, dtype)
+
     with verified(weights):
-        for official in sorted(plan, key=lambda official: place_on_disk(weights.tensors[official])):
+        ordered = sorted(plan, key=lambda official: place_on_disk(weights.tensors[official]))
+        for official, found in ahead(ordered, read):
             (names, operation), source = plan[official], weights.tensors[official]
-            if names[0] in targets and (how is not None or keepable(source)):
-                layer = kept_layer(source, how)
-                kept += layer is not None
-                layer = layer or METHODS[how or ""].layer.of(_read(source, None), None)
+            if freezes(official):
+                kept += isinstance(found, FrozenLinear)
+                layer = found if isinstance(found, FrozenLinear) else METHODS[how or ""].layer.of(found, None)
                 layers[targets[names[0]]] = _checked(source, layer).to(device)
                 continue
-            for name, value in zip(names, OPERATIONS[operation].out(_read(source, dtype)), strict=True):
+            assert isinstance(found, Tensor)
+            for name, value in zip(names, OPERATIONS[operation].out(found), strict=True):
                 loaded[name] = _settled(source, value, dtype, device)
     with torch.no_grad():
         _put(module, layers, loaded)

@@ -128,12 +128,19 @@ def headline(plan: Plan) -> str:
     """'832x480, 81 frames at 16 fps, unipc 40 steps, shift 12, guidance 4 high 3 low'; with several clips how many."""
     low, high = plan.guidance
     guidance = f"{high:g}" if low == high else f"{high:g} high {low:g} low"
-    shift = f", shift {plan.shift:g}" if plan.shift is not None else ""
+    shift = f", shift {plan.shift:g}" if plan.shift is not None else f" at {_levels(plan)}"
+    shift += f", {plan.boundary_step} of high noise" if plan.boundary_step is not None else ""
     clips = f" in {len(plan.segments)} clips" if len(plan.segments) > 1 else ""
     return (
         f"{plan.size[0]}x{plan.size[1]}, {plan.frames} frames{clips} at {float(plan.rate):.4g} fps, "
         f"{plan.sampler} {plan.steps} steps{shift}, guidance {guidance}"
     )
+
+
+def _levels(plan: Plan) -> str:
+    """The noise levels that were given, the middle of many left out."""
+    words = [f"{sigma:.4g}" for sigma in plan.sigmas[:-1]]
+    return " ".join(words if len(words) <= 8 else [*words[:4], "...", *words[-2:]])
 
 
 def verdict(outlook: Outlook) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
 
 from torch import Tensor
@@ -78,7 +79,8 @@ class Experts:
     """A velocity of experts of which one at a time is in memory: the one in use is closed before the next is opened.
 
     `use(name)` is a context manager that brings an expert in and gives its forward function; `bind(name, forward)`
-    makes the expert's velocity.  As timesteps fall, each expert is opened at most once in a run.  `take` gives another
+    makes the expert's velocity.  `choose(t)` names the expert of a timestep; without it `expert_for` does, by the
+    boundaries.  As timesteps fall, each expert is opened at most once in a run.  `take` gives another
     `bind`, for the next clip of a video say, and keeps the expert that is in memory.  Leave the `with` block to close
     the last one.
     """
@@ -88,8 +90,11 @@ class Experts:
         experts: Sequence[tuple[str, float]],
         use: Callable[[str], AbstractContextManager[Forward]],
         bind: Callable[[str, Forward], Velocity] | None = None,
+        *,
+        choose: Callable[[float], str] | None = None,
     ) -> None:
         self.experts = tuple(experts)
+        self._choose = choose or partial(expert_for, self.experts)
         self.name: str | None = None  # of the expert in use
         self._use, self._bind = use, bind
         self._stack = ExitStack()
@@ -101,7 +106,7 @@ class Experts:
         self._bind, self._velocity = bind, None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        name = expert_for(self.experts, t)
+        name = self._choose(t)
         if name != self.name or self._forward is None:
             self.close()
             self._forward = self._stack.enter_context(self._use(name))
