@@ -12,11 +12,13 @@ from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.runtime import machine
-<<<<<<< HEAD
-from wanloom.runtime.kernels import require_compiler, require_fused, require_kernel, require_method
-=======
-from wanloom.runtime.kernels import require_compiler, require_kernel, require_method, require_vae_dtype
->>>>>>> w-speed
+from wanloom.runtime.kernels import (
+    require_compiler,
+    require_fused,
+    require_kernel,
+    require_method,
+    require_vae_dtype,
+)
 from wanloom.variants import Variant
 
 PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
@@ -26,11 +28,7 @@ def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
     Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
-<<<<<<< HEAD
-    E8014 fused operations, E2040 blocks that cannot come and go.
-=======
-    E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in.
->>>>>>> w-speed
+    E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in, E8014 fused operations.
     """
     _check_gpu(request)
     on_gpu = runs_on_gpu(request)
