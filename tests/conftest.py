@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,15 @@ import pytest
 import tiny
 
 
-def pytest_configure() -> None:
-    """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it.
+
+    What runs leave behind for later ones goes into a cache of this session, not into the user's.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    cache = tempfile.mkdtemp(prefix="wanloom-tests-")
+    os.environ["WANLOOM_CACHE"] = cache
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1] / "src" / "wanloom"
 FLOORS = (
     ("errors", "durable", "store"),
     ("models", "sampling", "request"),
-    ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
+    (
+        "variants", "budget", "rates", "estimate", "placement", "records", "encoders", "runtime", "checkpoint", "media",
+        "demo",
+    ),
     ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "prompts", "preview", "preprocess"),
     ("conditioning", "results", "outputs", "work", "shortcuts"),
     ("pipeline",),

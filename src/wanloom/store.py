@@ -16,7 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = {"prompts": "encoded prompts", "fits": "what step caches know of models"}
+KINDS = {
+    "prompts": "encoded prompts",
+    "fits": "what step caches know of models",
+    "rates": "how fast machines are",
+    "runs": "what runs took",
+}
 
 
 def home() -> Path:

@@ -65,7 +65,10 @@ def test_the_cache_is_shown_and_cleared(run, tmp_path, monkeypatch):
     shown = run("doctor", "--cache", "--json")
     assert json.loads(shown.out) == {
         "directory": str(tmp_path), "freed": 0,
-        "kinds": {"prompts": {"files": 1, "bytes": 3000}, "fits": {"files": 0, "bytes": 0}},
+        "kinds": {
+            "prompts": {"files": 1, "bytes": 3000}, "fits": {"files": 0, "bytes": 0},
+            "rates": {"files": 0, "bytes": 0}, "runs": {"files": 0, "bytes": 0},
+        },
     }  # fmt: skip
     cleared = run("doctor", "--cache", "clear")
     assert "freed" in cleared.out and not (tmp_path / "prompts").exists()

@@ -55,7 +55,6 @@ def test_the_official_spellings_are_the_same_command(run, models):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--offload_model", "True"],
         ["--ulysses_size", "2"],
         ["--t5_fsdp"],
         ["--dit_fsdp"],
