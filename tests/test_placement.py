@@ -23,7 +23,9 @@ LOW = (832, 480)
 
 
 @cache
-def costs(name: str, size: tuple[int, int] | None = None, *, on_gpu: bool = True, clips: int = 1, **more: object) -> Costs:
+def costs(
+    name: str, size: tuple[int, int] | None = None, *, on_gpu: bool = True, clips: int = 1, **more: object
+) -> Costs:
     """A run of the default length in bfloat16."""
     row = VARIANTS[name]
     given = {"num_clips": clips} if clips > 1 else {}

@@ -156,7 +156,9 @@ def arrange(costs: Costs, room: Room, wishes: Wishes | None = None) -> MemoryPla
         if small and room.over(small[0].need) == (0, 0):
             return small[0]
         found = [plan for plan in found if not plan.keeps]
-    return min(found, key=lambda plan: (room.over(plan.need), plan.extra, plan.streams, plan.need.gpu or plan.need.host))
+    return min(
+        found, key=lambda plan: (room.over(plan.need), plan.extra, plan.streams, plan.need.gpu or plan.need.host)
+    )
 
 
 def _is_small(costs: Costs, room: Room) -> bool:
@@ -167,7 +169,7 @@ def _is_small(costs: Costs, room: Room) -> bool:
 
 def _candidates(costs: Costs, room: Room, wishes: Wishes) -> Iterator[MemoryPlan]:
     """All ways that the wishes leave."""
-    stay = {part: RESIDENT for part in costs.parts}
+    stay = dict.fromkeys(costs.parts, RESIDENT)
     text = [CPU] if wishes.t5_cpu and costs.on_gpu else [SWAPPED, *([STREAMED] if costs.parts["text"].blocks else [])]
     count = wishes.resident_blocks
     if wishes.offload is not True and (wishes.offload is False or count is None):
@@ -277,8 +279,10 @@ def costs_of(
         bytes=sizes["dit"], count=len(variant.experts), uses=clips * num if in_clips else len(variant.experts),
         block=block, blocks=variant.dit.layers if plain or on_gpu else 0, passes=passes * clips * num,
     )  # fmt: skip
-    text, layer = variant.text, budget.text_parameters(variant.text) - budget.text_parameters(
-        replace(variant.text, layers=variant.text.layers - 1)
+    text, layer = (
+        variant.text,
+        budget.text_parameters(variant.text)
+        - budget.text_parameters(replace(variant.text, layers=variant.text.layers - 1)),
     )
     prompts = 2 if any(span.guidance != 1 for span in plan.spans) else 1
     parts = {

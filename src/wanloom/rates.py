@@ -78,7 +78,8 @@ def guessed_rates(threads: int, features: tuple[str, ...], capability: tuple[int
         narrow = plain * (6.0 if wide else 1.5 if "AVX512-BF16" in features else 0.5)
         attention = {"float32": plain / 2, "bfloat16": plain / 2}
         return Rates(
-            matrix={"float32": plain, "bfloat16": narrow}, attention=attention, conv=plain, copy=5e9, disk=4e8, call=1e-5
+            matrix={"float32": plain, "bfloat16": narrow}, attention=attention, conv=plain, copy=5e9, disk=4e8,
+            call=1e-5,
         )  # fmt: skip
     tera = {7: 3e13, 8: 7e13, 9: 4e14, 10: 7e14}.get(capability[0], 5e13)
     return Rates(
@@ -119,7 +120,9 @@ def read_rates(device: str) -> Rates:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, LookupError, TypeError) as error:
-        text = f"W5007: {path}: not readable ({str(error)[:80]}); it is left out. `wanloom doctor --calibrate` mends it."
+        text = (
+            f"W5007: {path}: not readable ({str(error)[:80]}); it is left out. `wanloom doctor --calibrate` mends it."
+        )
         warnings.warn(WanloomWarning(text), stacklevel=2)
     cpu, graphics = machine.cpu(), machine.gpus() if device != "cpu" else ()
     index = int(device.partition(":")[2] or 0)

@@ -52,7 +52,7 @@ class Meter:
         self._stage = STAGES[0]
 
     def hear(self, event: Heard) -> None:
-        """The event that begins a stage ends the one before; what comes before denoising is encoding (a clip's past)."""
+        """The event that begins a stage ends the one before; what is before denoising is encoding (a clip's past)."""
         stage = event.stage if event.stage in STAGES else self._stage
         ended = "encode" if stage == "denoise" != self._stage else self._stage
         self.seconds[ended] = self.seconds.get(ended, 0.0) + event.seconds
@@ -106,7 +106,8 @@ def read(key: str, rates: Rates) -> tuple[Seen, ...]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             damaged.append(file)
     if damaged:
-        text = f"W5007: {damaged[0]}: not readable ({len(damaged)} such); left out. `wanloom doctor --cache clear` mends it."
+        text = f"W5007: {damaged[0]}: not readable ({len(damaged)} such); left out."
+        text += " `wanloom doctor --cache clear` mends it."
         warnings.warn(WanloomWarning(text), stacklevel=2)
     return tuple(found)
 

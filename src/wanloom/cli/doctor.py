@@ -203,14 +203,9 @@ def show_cache(*, clear: bool, as_json: bool) -> None:
 
 def show_rates(device: str | None, share: float, *, as_json: bool) -> None:
     """Measure and keep the rates of a device, each on a line while the next is measured.  Error: E8002 no such GPU."""
-    import torch
+    from wanloom.runtime.measure import measure, present_device
 
-    from wanloom.runtime.measure import measure
-
-    device = check_device(device, "device") if device else "cuda" if torch.cuda.is_available() else "cpu"
-    index = int(device.partition(":")[2] or 0)
-    if device != "cpu" and index >= torch.cuda.device_count():
-        raise InputError("E8002", f"device: {device} was asked for and is not there. Use --device cpu.")
+    device = present_device(None if device is None else check_device(device, "device"))
     RATES.open()
     found: dict[str, float] = {}
     for name, rate in measure(device, store.home() / RATES.kind, share=share):

@@ -25,8 +25,8 @@ PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
 def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
-    Errors: E8002 a GPU, E2023 two number formats, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
-    E2040 blocks that cannot come and go.
+    Errors: E8002 a GPU, E2023 two number formats, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products,
+    E8008 a compiler, E2040 blocks that cannot come and go.
     """
     _check_gpu(request)
     if request.convert_model_dtype and request.dtype == "float32":
@@ -99,8 +99,8 @@ def device_of(request: Request, *, on_gpu: bool) -> str:
 def kind_of(request: Request, variant: Variant, *, on_gpu: bool) -> str:
     """Model and switches: runs that agree in them are alike."""
     switches = (
-        request.attention, request.quantise, request.cache, request.guidance_mode, "compile" if request.compile else None,
-        "preview" if request.preview else None,
+        request.attention, request.quantise, request.cache, request.guidance_mode,
+        "compile" if request.compile else None, "preview" if request.preview else None,
     )  # fmt: skip
     return " ".join((variant.name, dtype_of(request, on_gpu=on_gpu), *(word for word in switches if word)))
 
@@ -108,11 +108,11 @@ def kind_of(request: Request, variant: Variant, *, on_gpu: bool) -> str:
 def place_of(
     request: Request, plan: Plan, variant: Variant, have: budget.Have, basis: Basis, *, on_gpu: bool
 ) -> MemoryPlan:
-    """Where the parts are during a run, by what was asked for, what is free, and what such runs took beyond the plan."""
+    """Where the parts are during a run, by what was asked for, what is free, and what such runs took beyond plans."""
     dtype = dtype_of(request, on_gpu=on_gpu)
     costs = costs_of(
-        plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise, changed=request.use_relighting_lora,
-        t5_cpu=request.t5_cpu, num=request.num, host=have.host,
+        plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
+        changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
     )  # fmt: skip
     wishes = Wishes(resident_blocks=request.resident_blocks, offload=request.offload_model, t5_cpu=request.t5_cpu)
     found = arrange(costs, Room((have.gpu or 0) if on_gpu else None, have.host), wishes)

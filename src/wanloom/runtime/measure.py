@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanloom.errors import InputError
 from wanloom.models.layers import sdpa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +41,15 @@ def measure(device: str, folder: Path, *, share: float = 1.0) -> Iterator[tuple[
     yield "copy", _copy(device, _scaled(PIECE * 8, share, 2**20), share)
     yield "disk", _disk(folder, _scaled(FILE, share, 2**20))
     yield "call", _call(device, share)
+
+
+def present_device(device: str | None) -> str:
+    """The device itself, or the best there is.  Error: E8002 when it is not there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError("E8002", f"device: {device} was asked for and is not there. Use --device cpu.")
+    return device
 
 
 def _scaled(size: int, share: float, step: int) -> int:
