@@ -34,6 +34,13 @@ def costs(
     return costs_of(plan, row, "bfloat16", rates, on_gpu=on_gpu, host=HOST, **more)  # type: ignore[arg-type]
 
 
+class Stored(dict[str, int]):
+    """Bytes of parts, to be an argument of what is cached."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
 def card(gigabytes: float) -> Room:
     """A GPU with so much memory, of which the screen takes some."""
     return Room(int(gigabytes * 0.97 * GB), HOST)
@@ -158,6 +165,14 @@ def test_quantised_or_changed_blocks_are_streamed_on_a_gpu_only() -> None:
         memory = arrange(costs("t2v-A14B", on_gpu=False, **change), Room(None, 20 * GB))
         assert memory.modes["dit"] == SWAPPED
     assert costs("t2v-A14B", quantise="int8").parts["dit"].bytes < costs("t2v-A14B").parts["dit"].bytes
+
+
+def test_what_files_have_in_few_bits_stays_whole_and_takes_their_bytes() -> None:
+    run = costs("t2v-A14B", LOW, stored=Stored({"dit": 9 * GB}))
+    assert run.parts["dit"].bytes == 9 * GB and run.parts["dit"].blocks == 0
+    memory = arrange(run, card(16))
+    assert memory.modes["dit"] == SWAPPED and card(16).over(memory.need) == (0, 0)
+    assert next(stage for stage in memory.need.stages if stage.name == "denoise").weights == 9 * GB
 
 
 def test_a_host_without_room_is_no_reason_to_stream() -> None:

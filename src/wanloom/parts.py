@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanloom.budget import GPU_BASE, check_blocks, part_bytes
+from wanloom.budget import DTYPE_BYTES, GPU_BASE, check_blocks, part_bytes
 from wanloom.checkpoint.blocks import TEXT_LAYER, load_streamed
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.load import load_into
 from wanloom.checkpoint.lora import merge, read_lora
 from wanloom.checkpoint.packed import holds_packed, load_packed
+from wanloom.checkpoint.stored import stored_bytes
 from wanloom.checkpoint.weights import Weights, list_files, open_weights
 from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
@@ -97,6 +98,11 @@ class Parts:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text encoder."""
         return Tokenizer(self.files.tokenizer)
+
+    @cached_property
+    def stored(self) -> dict[str, int]:
+        """Bytes of the parts whose files have few bits."""
+        return stored_bytes(self.files, DTYPE_BYTES[self.dtype])
 
     @property
     def precision(self) -> dict[str, str]:

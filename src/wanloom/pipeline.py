@@ -184,10 +184,11 @@ class Pipeline:
     def place(self, order: Order) -> MemoryPlan:
         """Where the parts are to be during this run, by what is free now."""
         parts, room = self.parts, self.parts.room()
+        plain = parts.quantise is not None or self.wishes.resident_blocks is not None
         costs = costs_of(
             order.plan, self.variant, parts.dtype, read_rates(self.device), on_gpu=self.device != "cpu",
             quantise=parts.quantise, changed=order.lora is not None, t5_cpu=self.wishes.t5_cpu, num=order.request.num,
-            host=room.host,
+            host=room.host, stored={} if plain else parts.stored,
         )  # fmt: skip
         return arrange(costs, room, self.wishes)
 

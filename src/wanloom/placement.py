@@ -152,9 +152,9 @@ def arrange(costs: Costs, room: Room, wishes: Wishes | None = None) -> MemoryPla
     wishes = wishes or Wishes()
     found = list(_candidates(costs, room, wishes))
     if wishes.offload is None and wishes.resident_blocks is None:
-        small = [plan for plan in found if plan.keeps and _is_small(costs, room)]
-        if small and room.over(small[0].need) == (0, 0):
-            return small[0]
+        kept = next(plan for plan in found if plan.keeps)
+        if _is_small(costs, room) and room.over(kept.need) == (0, 0):
+            return kept
         found = [plan for plan in found if not plan.keeps]
     return min(
         found, key=lambda plan: (room.over(plan.need), plan.extra, plan.streams, plan.need.gpu or plan.need.host)
@@ -260,48 +260,68 @@ def _wait(costs: Costs, name: str, mode: str, stay: int, keeps: bool) -> float:
 
 def costs_of(
     plan: budget.Sized, variant: Variant, dtype: str, rates: Rates, *, on_gpu: bool, quantise: str | None = None,
-    changed: bool = False, t5_cpu: bool = False, num: int = 1, host: int = 0,
+    changed: bool = False, t5_cpu: bool = False, num: int = 1, host: int = 0, stored: Mapping[str, int] | None = None,
 ) -> Costs:  # fmt: skip
     """The numbers of `num` videos of a plan for one model.
 
     changed: the transformer's blocks are not those of its files (a LoRA); such and quantised ones can come and go on a
-    GPU only, from the host's memory.  host: free bytes there, which keep files that are read again and again.
+    GPU only, from the host's memory.  host: free bytes there, which keep files that are read again and again.  stored:
+    part -> its bytes where its files have few bits; such stays whole, as blocks of it would come in full width.
     """
-    whole = budget.need(plan, variant, dtype, on_gpu=on_gpu, t5_cpu=t5_cpu, quantise=quantise)
-    flowing = budget.need(plan, variant, dtype, on_gpu=on_gpu, t5_cpu=t5_cpu, quantise=quantise, resident_blocks=0)
-    sizes = budget.part_bytes(variant, dtype, quantise=quantise)
-    clips, images = len(plan.segments), any(stage.name == "image" for stage in whole.stages)
-    in_clips = variant.dit.speech is not None or variant.dit.animate is not None
-    plain = quantise is None and not changed
-    passes = passes_of(plan)
-    block = budget.block_bytes(variant.dit, dtype, quantise)
-    dit = Part(
-        bytes=sizes["dit"], count=len(variant.experts), uses=clips * num if in_clips else len(variant.experts),
-        block=block, blocks=variant.dit.layers if plain or on_gpu else 0, passes=passes * clips * num,
+    stored = stored or {}
+    whole, flowing = (
+        budget.need(
+            plan, variant, dtype, on_gpu=on_gpu, t5_cpu=t5_cpu, quantise=quantise, resident_blocks=blocks
+        )
+        for blocks in (None, 0)
     )  # fmt: skip
-    text, layer = (
-        variant.text,
-        budget.text_parameters(variant.text)
-        - budget.text_parameters(replace(variant.text, layers=variant.text.layers - 1)),
-    )
-    prompts = 2 if any(span.guidance != 1 for span in plan.spans) else 1
-    parts = {
-        "text": Part(
-            bytes=sizes["text"], block=layer * budget.DTYPE_BYTES[dtype],
-            blocks=text.layers if quantise is None and not t5_cpu else 0, passes=prompts,
-        ),
-        "dit": dit,
-        "vae": Part(bytes=sizes["vae"], uses=clips * num * (1 + images) + images if in_clips else 1 + images),
-        **{name: Part(bytes=sizes[name]) for name in ("clip", "audio") if name in sizes},
-    }  # fmt: skip
-    peak = max(stage.bytes for stage in whole.stages)
-    work = works(plan, variant, dtype, num=num)
+    sizes = {**budget.part_bytes(variant, dtype, quantise=quantise), **stored}
+    parts = _parts(plan, variant, sizes, num)
+    fixed = {"dit"} if (quantise is not None or changed) and not on_gpu else set()
+    fixed |= {"text"} if quantise is not None or t5_cpu else set()
+    blocks = {
+        "dit": (variant.dit.layers, budget.block_bytes(variant.dit, dtype, quantise)),
+        "text": (variant.text.layers, _text_layer(variant) * budget.DTYPE_BYTES[dtype]),
+    }
+    for name in blocks.keys() - fixed - stored.keys():
+        parts[name] = replace(parts[name], blocks=blocks[name][0], block=blocks[name][1])
     return Costs(
-        stages=whole.stages, parts=parts, beside=budget.GPU_BASE if on_gpu else whole.host - peak,
-        host=whole.host if on_gpu else 0, streaming=flowing.host if on_gpu else 0, disk_bytes=whole.disk, on_gpu=on_gpu,
-        seconds=_arithmetic(work, rates), disk=rates.disk,
-        feed=min(rates.copy, rates.copy if host > 2 * sizes["dit"] else rates.disk) if on_gpu else rates.disk,
+        stages=tuple(_narrowed(stage, stored) for stage in whole.stages), parts=parts, on_gpu=on_gpu,
+        beside=budget.GPU_BASE if on_gpu else whole.host - max(stage.bytes for stage in whole.stages),
+        host=whole.host if on_gpu else 0, streaming=flowing.host if on_gpu else 0, disk_bytes=whole.disk,
+        seconds=_arithmetic(works(plan, variant, dtype, num=num), rates), disk=rates.disk,
+        feed=rates.copy if on_gpu and host > 2 * sizes["dit"] else min(rates.copy, rates.disk),
     )  # fmt: skip
+
+
+def _parts(plan: budget.Sized, variant: Variant, sizes: Mapping[str, int], num: int) -> dict[str, Part]:
+    """The parts with how often each is used: in clips, the transformer and the VAE take turns."""
+    clips, experts = len(plan.segments), len(variant.experts)
+    images = int(variant.conditioner != "text" and (bool(plan.inputs) or variant.conditioner != "clean_frame"))
+    prompts = 2 if any(span.guidance != 1 for span in plan.spans) else 1
+    in_clips = variant.dit.speech is not None or variant.dit.animate is not None
+    uses = clips * num * (1 + images) + images if in_clips else 1 + images
+    return {
+        **{name: Part(bytes=size) for name, size in sizes.items()},
+        "text": Part(bytes=sizes["text"], passes=prompts),
+        "dit": Part(
+            bytes=sizes["dit"], count=experts, uses=clips * num if in_clips else experts,
+            passes=passes_of(plan) * clips * num,
+        ),
+        "vae": Part(bytes=sizes["vae"], uses=uses),
+    }  # fmt: skip
+
+
+def _text_layer(variant: Variant) -> int:
+    """Parameters of a layer of the text encoder."""
+    one, none = (budget.text_parameters(replace(variant.text, layers=count)) for count in (1, 0))
+    return one - none
+
+
+def _narrowed(stage: budget.StageNeed, stored: Mapping[str, int]) -> budget.StageNeed:
+    """A stage whose part's files have few bits, with the bytes of these."""
+    part = PART_OF[stage.name]
+    return replace(stage, weights=stored[part]) if part in stored else stage
 
 
 def _arithmetic(work: Mapping[str, Work], rates: Rates) -> dict[str, float]:

@@ -87,7 +87,7 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     on_gpu = runs_on_gpu(request)
     have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
     basis = basis_of(request, on_gpu=on_gpu)
-    memory = place_of(request, plan, variant, have, basis, on_gpu=on_gpu)
+    memory = place_of(request, plan, variant, have, basis, on_gpu=on_gpu, files=files)
     expected = forecast(request, plan, variant, memory, basis, on_gpu=on_gpu)
     if not dry_run:
         check_outputs(outputs, plan, memory.need, overwrite=request.overwrite or resume is not None)

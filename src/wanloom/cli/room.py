@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wanloom import budget, records
+from wanloom.checkpoint.find import Files
+from wanloom.checkpoint.stored import stored_bytes
 from wanloom.cli.console import bytes_text
 from wanloom.cli.doctor import torch_has_gpu_build
 from wanloom.errors import InputError, WanloomWarning
@@ -106,13 +108,20 @@ def kind_of(request: Request, variant: Variant, *, on_gpu: bool) -> str:
 
 
 def place_of(
-    request: Request, plan: Plan, variant: Variant, have: budget.Have, basis: Basis, *, on_gpu: bool
-) -> MemoryPlan:
-    """Where the parts are during a run, by what was asked for, what is free, and what such runs took beyond plans."""
+    request: Request, plan: Plan, variant: Variant, have: budget.Have, basis: Basis, *, on_gpu: bool,
+    files: Files | None = None,
+) -> MemoryPlan:  # fmt: skip
+    """Where the parts are during a run, by what was asked for, what is free, and what such runs took beyond plans.
+
+    files: the model's, where they are known: what they have in few bits stays so.
+    """
     dtype = dtype_of(request, on_gpu=on_gpu)
+    plain = request.quantise is not None or request.resident_blocks is not None
+    stored = {} if plain or files is None else stored_bytes(files, budget.DTYPE_BYTES[dtype])
     costs = costs_of(
         plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
         changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
+        stored=stored,
     )  # fmt: skip
     wishes = Wishes(resident_blocks=request.resident_blocks, offload=request.offload_model, t5_cpu=request.t5_cpu)
     found = arrange(costs, Room((have.gpu or 0) if on_gpu else None, have.host), wishes)
