@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,16 @@ import torch
 import tiny
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it.
 
-    Without a GPU Triton's kernels run in its interpreter, which has to be said before Triton is imported.
+    What runs leave behind for later ones goes into a cache of this session, not into the user's.  Without a GPU
+    Triton's kernels run in its interpreter, which has to be said before Triton is imported.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    cache = tempfile.mkdtemp(prefix="wanloom-tests-")
+    os.environ["WANLOOM_CACHE"] = cache
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 

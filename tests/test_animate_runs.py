@@ -21,6 +21,7 @@ from wanloom.errors import InputError, WanloomWarning
 from wanloom.media import read_video
 from wanloom.media.sound import RATE, read_sound
 from wanloom.pipeline import Pipeline, load
+from wanloom.placement import Wishes
 from wanloom.plan import Segment
 from wanloom.request import Request
 from wanloom.variants import VARIANTS
@@ -257,7 +258,7 @@ def test_the_relighting_lora_is_merged_once_and_taken_off_again(
     lit = request(source, replace_flag=True, steps=1, use_relighting_lora=True, relighting_lora=file)
     expected = by_hand(load(models / NAME, task=NAME, device="cpu"), file, plain)
     pipe.parts.release()
-    pipe.parts.resident = resident
+    pipe.wishes = Wishes(offload=not resident)
     order = (plain, lit, lit, plain) if resident else (lit,)  # else every use is a load of its own
     made = [pipe.run(wanted).videos[0].latents for wanted in order]
     for wanted, latents in zip(order, made, strict=True):

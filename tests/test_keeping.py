@@ -107,6 +107,7 @@ def test_a_file_in_8_bits_stays_in_8_bits_and_gives_what_widening_gives(tmp_path
     kept = latents(tmp_path, pipe)
     with pipe.parts.use("dit", expert="low_noise_model") as dit:
         assert sum(isinstance(m, FrozenLinear) for m in dit.modules()) == 10 * source.dit.layers
+        assert set(pipe.parts.stored) == {"dit"} and abs(pipe.parts.stored["dit"] / size_of(dit) - 1) < 0.02
     streamed = load(task="demo-t2v", device="cpu", resident_blocks=0, **given, **rest)  # widened block by block
     assert torch.equal(latents(tmp_path, streamed), kept)
 

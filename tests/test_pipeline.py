@@ -27,6 +27,7 @@ from wanloom.models.dit import DiT
 from wanloom.models.vae import CausalVae
 from wanloom.parts import Parts
 from wanloom.pipeline import Pipeline, load
+from wanloom.placement import Wishes
 from wanloom.plan import Plan
 from wanloom.request import Request
 from wanloom.results import quantise
@@ -158,7 +159,7 @@ def test_num_gives_each_seed_its_own_video_and_loads_each_expert_once(
     loads: list[tuple[str, str | None]] = []
     right = Parts._load
     pipe.parts.release()
-    pipe.parts.resident = False
+    pipe.wishes = Wishes(offload=True)
     monkeypatch.setattr(Parts, "_load", lambda self, *part: loads.append(part) or right(self, *part))
     files = [tmp_path / f"{i}.png" for i in range(3)]
     pipe.run(request(num=3), out=files)
@@ -245,7 +246,7 @@ def test_parts_leave_when_they_are_not_resident(models: Path) -> None:
     with parts.use("dit", expert="high_noise_model") as dit:
         assert not any(p.is_meta or p.requires_grad for p in dit.parameters())
     assert all(p.is_meta for p in dit.parameters())  # its memory is free, although we still hold it
-    parts.resident = True
+    parts.staying = frozenset({"vae"})
     with parts.use("vae") as vae:
         pass
     with parts.use("vae") as again:

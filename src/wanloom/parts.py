@@ -6,6 +6,7 @@
 
 So the peak is the largest part and not their sum: the text encoder has left before a transformer comes, and one expert
 is there at a time.  Parts of small models (all together at most a quarter of what is free) stay loaded between uses.
+`arranged` says it part by part, as a MemoryPlan has it (`placement.py`).
 
 Transformer, text encoder and CLIP are loaded in `dtype`, VAE and audio encoder in float32, as the reference runs them.
 What decodes may be in bfloat16 (`vae_dtype`); what encodes never is, for its errors would stand in every later frame.
@@ -23,16 +24,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanloom.budget import check_blocks, part_bytes
+from wanloom.budget import DTYPE_BYTES, GPU_BASE, check_blocks, part_bytes
+from wanloom.checkpoint.blocks import TEXT_LAYER, load_streamed
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.lora import merge, read_lora
 from wanloom.checkpoint.narrowed import load_into_narrowed, load_streamed_narrowed
 from wanloom.checkpoint.packed import holds_packed, load_packed
+from wanloom.checkpoint.stored import stored_bytes
 from wanloom.checkpoint.weights import Weights, list_files, open_weights
 from wanloom.encoders import Tokenizer, build_clip, build_umt5, build_wav2vec2
 from wanloom.models.adapters import build_dit
 from wanloom.models.layers import use_ops
 from wanloom.models.vae import CausalVae
+from wanloom.placement import RESIDENT, SMALL, STREAMED, MemoryPlan, Room
 from wanloom.request import check_dtype
 from wanloom.runtime import machine
 from wanloom.runtime.attention import capability_of, kernel_for, use_kernel
@@ -40,13 +44,12 @@ from wanloom.runtime.compile import compile_blocks
 from wanloom.runtime.fused import FUSED
 from wanloom.runtime.kernels import require_compiler, require_fused, require_method, require_vae_dtype
 from wanloom.runtime.quant import quantise
-from wanloom.runtime.streaming import Fill, HostBlocks, Streamed
+from wanloom.runtime.streaming import Fill, HostBlocks, Streamed, StreamedLayers
 from wanloom.variants import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKED = ("dit", "text")  # parts whose weights may be kept in few bits
 WIDE = ("vae", "audio")  # parts that are loaded in float32, whatever the others are
-RESIDENT_SHARE = 0.25  # of the free memory that parts may take to stay loaded
 
 
 class Parts:
@@ -59,11 +62,11 @@ class Parts:
     files do (what is there in 8 bits or in GGUF's blocks stays so, which gives the bits that widening it gives).
     resident_blocks: how many blocks of a transformer stay in memory while the others come and go; None: all.
     vae_dtype: in which the VAE decodes; None: float32.  resident: whether parts stay loaded after use; None decides by
-    size.
+    size.  `arranged` says both anew.
 
     Errors: E2038, E8007 an attention kernel that is not known or not here, E2039, E8009 the same of a way to quantise,
-    E2040 blocks that cannot come and go, E8008 no compiler, E8014 no fused operations, E2028, E8010 a dtype that the VAE
-    cannot decode in.
+    E2040 blocks that cannot come and go, E8008 no compiler, E8014 no fused operations, E2028, E8010 a dtype that the
+    VAE cannot decode in.
     """
 
     def __init__(
@@ -91,13 +94,15 @@ class Parts:
             require_compiler(on_gpu=device != "cpu")
         if quantise is not None:
             require_method(quantise, capability_of(device))
-        self.resident_blocks = check_blocks(
+        self.asked_blocks = self.resident_blocks = check_blocks(
             resident_blocks, changed=None if quantise is None else "quantise", on_gpu=device != "cpu"
         )
         self.vae_dtype = check_dtype(vae_dtype or "float32", "vae-dtype")
         require_vae_dtype(self.vae_dtype, capability_of(device))
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
-        self.resident = self._small() if resident is None else resident
+        small = self._small() if resident is None else resident
+        self.staying = frozenset(BUILD) if small else frozenset[str]()  # parts that are kept between uses
+        self.text_streamed = False
         self.lora: Path | None = None
         self._loaded: dict[tuple[str, str | None], nn.Module] = {}
 
@@ -105,6 +110,11 @@ class Parts:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text encoder."""
         return Tokenizer(self.files.tokenizer)
+
+    @cached_property
+    def stored(self) -> dict[str, int]:
+        """Bytes of the parts whose files have few bits."""
+        return stored_bytes(self.files, DTYPE_BYTES[self.dtype])
 
     @property
     def precision(self) -> dict[str, str]:
@@ -134,17 +144,45 @@ class Parts:
         """
         if part == "decoder" and self.vae_dtype == "float32":
             part = "vae"
-        key = part, expert
+        key, stays = (part, expert), {"decoder": "vae"}.get(part, part) in self.staying
         module = self._loaded.get(key)
         if module is None:
             module = self._load(part, expert)
-            if self.resident:
+            if stays:
                 self._loaded[key] = module
         try:
             yield module
         finally:
-            if not self.resident:
+            if not stays:
                 release(module)
+
+    @contextmanager
+    def arranged(self, memory: MemoryPlan) -> Iterator[None]:
+        """Inside, parts come, stay and go as `memory` says; what is there in another way is let go first.  Same bits.
+
+        What stays for this run alone is let go at the end.
+        """
+        staying = frozenset(part for part, mode in memory.modes.items() if mode == RESIDENT)
+        if memory.keeps:
+            staying = frozenset(BUILD)
+        streamed = memory.modes["text"] == STREAMED
+        if (staying, memory.resident_blocks, streamed) != (self.staying, self.resident_blocks, self.text_streamed):
+            self.release()
+        self.staying, self.resident_blocks, self.text_streamed = staying, memory.resident_blocks, streamed
+        try:
+            yield
+        finally:
+            if not memory.keeps:
+                self.release()
+
+    def room(self) -> Room:
+        """Bytes that are free for this process, with those it has already."""
+        memory = machine.memory()
+        host = memory[1] + machine.own_memory() if memory else 2**62
+        if self.device == "cpu":
+            return Room(None, host)
+        own = torch.cuda.memory_reserved(self.device)
+        return Room(torch.cuda.mem_get_info(self.device)[0] + own + (GPU_BASE if own else 0), host)
 
     def wear(self, lora: Path | None) -> None:
         """From now on every transformer is loaded with this LoRA in its weights, or with none; others are let go.
@@ -153,7 +191,7 @@ class Parts:
         """
         if lora == self.lora:
             return
-        check_blocks(self.resident_blocks, changed=None if lora is None else "a LoRA", on_gpu=self.device != "cpu")
+        check_blocks(self.asked_blocks, changed=None if lora is None else "a LoRA", on_gpu=self.device != "cpu")
         self.lora = lora
         for key in [key for key in self._loaded if key[0] == "dit"]:
             release(self._loaded.pop(key))
@@ -192,6 +230,9 @@ class Parts:
         weights = open_weights(path, kind=part)
         if part == "dit":
             self._fill_dit(module, weights, dtype)
+        elif part == "text" and self.text_streamed:
+            source = load_streamed(module, weights, dtype=dtype, device=device, block=TEXT_LAYER)
+            module.streamed = StreamedLayers(module.get_submodule("encoder.block").children(), source, device)
         elif part in PACKED and (self.quantise or holds_packed(weights)):
             load_packed(module, weights, dtype=dtype, device=device, how=self.quantise)
         else:
@@ -239,12 +280,8 @@ class Parts:
         """Whether all parts together are small beside the free memory of the device."""
         sizes = part_bytes(self.variant, self.dtype)
         total = sum(size * (len(self.variant.experts) if part == "dit" else 1) for part, size in sizes.items())
-        if self.device == "cpu":
-            memory = machine.memory()
-            free = memory[1] if memory else 0
-        else:
-            free = torch.cuda.mem_get_info(self.device)[0]
-        return total <= RESIDENT_SHARE * free
+        room = self.room()
+        return total <= SMALL * (room.host if room.gpu is None else room.gpu)
 
 
 BUILD: dict[str, Callable[[Variant], nn.Module]] = {
@@ -264,7 +301,7 @@ def _there(config: Any, variant: Variant) -> Any:
 def release(module: nn.Module) -> None:
     """Free a module's memory now, whoever still holds a reference to it."""
     for part in module.modules():
-        if isinstance(part, Streamed):
+        if isinstance(part, Streamed | StreamedLayers):
             part.close()
     on_gpu = any(tensor.is_cuda for tensor in module.parameters())
     module.to("meta")

@@ -53,8 +53,10 @@ from wanloom.jobs import (
 )
 from wanloom.outputs import OutPaths, Output, files_of, files_to_write
 from wanloom.parts import Parts
+from wanloom.placement import MemoryPlan, Wishes, arrange, costs_of
 from wanloom.plan import Plan, Segment, make_plan
 from wanloom.preview import Previewer
+from wanloom.rates import read_rates
 from wanloom.request import Request
 from wanloom.results import Event, Result, Video
 from wanloom.sampling.samplers import SAMPLERS, Step, Velocity, hold
@@ -88,7 +90,8 @@ class Pipeline:
 
     variant and files: what `checkpoint.survey` and `checkpoint.resolve` returned.  device "cpu" or "cuda[:n]" (None: a
     GPU when there is one), dtype "float32" or "bfloat16" (None: bfloat16 on a GPU), text_device: where the text encoder
-    runs (None: the same), and how parts are computed and kept: see `Parts`.
+    runs (None: the same), and how parts are computed and kept: see `Parts`.  Where they are is decided for each run by
+    what is free then (`placement.arrange`), within resident_blocks and offload (see `Wishes`); or it is `memory`.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class Pipeline:
         quantise: str | None = None,
         resident_blocks: int | None = None,
         vae_dtype: str | None = None,
+        offload: bool | None = None,
+        memory: MemoryPlan | None = None,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
@@ -112,7 +117,10 @@ class Pipeline:
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
             compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks, vae_dtype=vae_dtype,
         )  # fmt: skip
-        self.variant = variant
+        self.variant, self.memory = variant, memory
+        self.wishes = Wishes(
+            resident_blocks=resident_blocks, offload=offload, t5_cpu=self.parts.text_device != self.device
+        )
         self._identity = cache(identity)
         self.make_shortcuts: Callable[[Plan, Variant, Files], Shortcuts] = Shortcuts  # what measures stands in for it
 
@@ -158,11 +166,12 @@ class Pipeline:
         """The same for a request that has its sound."""
         order = self.prepare(request)
         self.parts.wear(order.lora)
+        memory = self.memory or self.place(order)
         shortcuts = self.make_shortcuts(order.plan, self.variant, self.parts.files)
         outputs = files_to_write(out, folder, len(order.plans))
-        self._preflight(order, outputs, resuming=folder is not None)
+        self._preflight(order, outputs, memory.need, resuming=folder is not None)
         job, notice = self._open(order, outputs, folder, shortcuts)
-        with job:
+        with job, self.parts.arranged(memory):
             work = Work(order, outputs, job, self.device, shortcuts)
             if notice:
                 yield work.event("encode", 0, 1, message=notice)
@@ -173,6 +182,17 @@ class Pipeline:
             job.finish()
             yield work.event("done", 1, 1)
             return work.result()
+
+    def place(self, order: Order) -> MemoryPlan:
+        """Where the parts are to be during this run, by what is free now."""
+        parts, room = self.parts, self.parts.room()
+        plain = parts.quantise is not None or self.wishes.resident_blocks is not None
+        costs = costs_of(
+            order.plan, self.variant, parts.dtype, read_rates(self.device), on_gpu=self.device != "cpu",
+            quantise=parts.quantise, changed=order.lora is not None, t5_cpu=self.wishes.t5_cpu, num=order.request.num,
+            host=room.host, stored={} if plain else parts.stored, vae_dtype=parts.vae_dtype,
+        )  # fmt: skip
+        return arrange(costs, room, self.wishes)
 
     # --- plan
 
@@ -198,14 +218,9 @@ class Pipeline:
                 warnings.warn(WanloomWarning(said), stacklevel=3)
         return Order(request, plan, found, relighting_file(request, self.parts.files))
 
-    def _preflight(self, order: Order, outputs: Sequence[Path], *, resuming: bool) -> None:
+    def _preflight(self, order: Order, outputs: Sequence[Path], need: budget.Need, *, resuming: bool) -> None:
         """Ask everything that could go wrong after the work: places, disk, encoder, GPU memory."""
         request, plan = order.request, order.plan
-        on_gpu = self.device != "cpu"
-        need = budget.need(
-            plan, self.variant, self.parts.dtype, on_gpu=on_gpu, quantise=self.parts.quantise,
-            resident_blocks=self.parts.resident_blocks, vae_dtype=self.parts.vae_dtype,
-        )  # fmt: skip
         for path in outputs:
             overwrite = request.overwrite or resuming  # a continued job looks at the file itself
             media.check_output(path, overwrite=overwrite, need=need.disk * len(outputs))
@@ -215,8 +230,8 @@ class Pipeline:
             media.try_encoder(outputs[0], size=plan.size, fps=plan.rate, quality=plan.quality)
         if request.save_tensors is not None:
             refuse_target(Path(request.save_tensors), overwrite=request.overwrite or resuming)
-        if on_gpu:
-            free = torch.cuda.mem_get_info(self.device)[0]
+        if self.device != "cpu":
+            free = self.parts.room().gpu or 0
             if need.gpu > free:
                 gib = 2**30
                 raise InputError(
@@ -283,6 +298,8 @@ class Pipeline:
                     work.job.enter(take, segment.index)
                     conditioning = clips.clip(shared, next(given), segment, past)
                     z = yield from self._clip_latents(work, velocity, conditioning, segment, take)
+                    if "dit" not in self.parts.staying:
+                        velocity.close()
                     tail = deque(past[0].unbind(1), maxlen=clips.keep)
                     yield from self._decode_clip(work, output, conditioning, z, segment, take, tail)
                     past = torch.stack(tuple(tail), 1)[None]
@@ -571,12 +588,14 @@ def load(
     quantise: str | None = None,
     resident_blocks: int | None = None,
     vae_dtype: str | None = None,
+    offload_model: bool | None = None,
     **parts: str | Path,
 ) -> Pipeline:
     """A pipeline from a checkpoint directory, the name of a demo model, or nothing (the demo model of `task`).
 
     Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  device to
-    vae_dtype: see `Pipeline`; t5_cpu: the text encoder on the CPU.  parts: single files beside or instead of the
+    vae_dtype, resident_blocks: see `Pipeline`; t5_cpu: the text encoder on the CPU; offload_model: whether parts leave
+    after their use (None: as is best).  parts: single files beside or instead of the
     directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
 
     Errors: E2001 weights are needed, E2002 an unknown task or several that fit, E4xxx what is wrong with the files.
@@ -597,7 +616,7 @@ def load(
     return Pipeline(
         survey(variant, files), files, device=device, dtype=dtype, text_device="cpu" if t5_cpu else None,
         attention=attention, compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks,
-        vae_dtype=vae_dtype,
+        vae_dtype=vae_dtype, offload=offload_model,
     )  # fmt: skip
 
 

@@ -415,6 +415,10 @@ class Request:
         "keep N blocks of the transformer in memory and read the others when they are needed (0: least memory)",
         metavar="N",
     )  # fmt: skip
+    offload_model: bool | None = _option(
+        "run", parse_switch, "true: parts leave after their use; false: all stay (default: what is fastest and fits)",
+        metavar="BOOL",
+    )  # fmt: skip
     t5_cpu: bool = _option("run", parse_switch, "run the text encoder on the CPU", default=False, switch=True)
     convert_model_dtype: bool = _option(
         "run", parse_switch, "transformer weights in bfloat16", default=False, switch=True
@@ -478,7 +482,6 @@ SPEAK = "Any program can speak: use --tts-text with --tts-command."
 _OFF = ("false", "f", "no", "n", "0")
 
 UNAVAILABLE: tuple[Unavailable, ...] = (
-    Unavailable(("--offload_model", "--offload-model"), "E2026", _OFF),
     Unavailable(("--ulysses_size", "--ulysses-size"), "E2018", ("1",)),
     Unavailable(("--ring_size", "--ring-size"), "E2018", ("1",)),
     Unavailable(("--t5_fsdp", "--t5-fsdp"), "E2019", _OFF, switch=True),

@@ -20,6 +20,8 @@ KINDS = {
     "prompts": "encoded prompts",
     "fits": "what step caches know of models",
     "weights": "weights in the number format of the runs",
+    "rates": "how fast machines are",
+    "runs": "what runs took",
 }
 
 LOCK = ".lock"  # in a folder where one process at a time writes

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from wanloom.cli import doctor
+from wanloom.rates import read_rates
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -82,6 +83,7 @@ def test_the_cache_is_shown_and_cleared(run, tmp_path, monkeypatch):
         "kinds": {
             "prompts": {"files": 1, "bytes": 3000}, "fits": {"files": 0, "bytes": 0},
             "weights": {"files": 0, "bytes": 0},
+            "rates": {"files": 0, "bytes": 0}, "runs": {"files": 0, "bytes": 0},
         },
     }  # fmt: skip
     cleared = run("doctor", "--cache", "clear")
@@ -95,3 +97,29 @@ def test_attention_kernels_are_listed_and_timed(run):
     here = {name for name, reason in found["attention"].items() if reason is None}
     assert set(found["measured"]) == here
     assert all(row["seconds"] > 0 and 1e-4 < row["error"] < 2e-2 for row in found["measured"].values())
+
+
+def test_calibrating_measures_and_keeps_what_later_estimates_use(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANLOOM_CACHE", str(tmp_path / "cache"))
+    ran = run("doctor", "--calibrate", "--calibrate-share", 0.001, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    names = [line.split("  ")[0] for line in ran.out.splitlines()[:-1]]
+    wanted = [f"{kind} {dtype}" for dtype in ("float32", "bfloat16") for kind in ("matrix", "attention")]
+    assert names == [*wanted, "conv", "copy", "disk", "call"]
+    rates = read_rates("cpu")
+    assert rates.measured and 1e6 < rates.matrix["float32"] < 1e15 and 1e-8 < rates.call < 1e-2
+    (kept,) = (tmp_path / "cache" / "rates").iterdir()
+    assert ran.out.splitlines()[-1] == f"kept for cpu: {kept}"
+    assert "(calibrated)" in run("plan", "demo-t2v").out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--device", "cpu"], 2, "E2023"), (["--calibrate", "--device", "cuda:99"], 8, "E8002"),
+        (["--calibrate", "--device", "gpu"], 2, "E2027"),
+    ],
+)  # fmt: skip
+def test_a_device_that_cannot_be_calibrated_is_refused(run, words, code, said):
+    ran = run("doctor", *words)
+    assert ran.code == code and f"error[{said}]" in ran.err

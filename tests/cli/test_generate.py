@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import tiny
 from command_line import run_process
-from wanloom import media
+from wanloom import media, records
 from wanloom.plan import Plan
+from wanloom.rates import device_key, read_rates
 
 T2V, I2V, SMALL = "t2v-A14B", "i2v-A14B", "t2v-1.3B"
 SHORT = ("--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "1", "--prompt", "a cat runs")
@@ -27,14 +28,23 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_a_video_is_made_and_the_last_line_says_what_it_took(run, models, tmp_path):
+def test_a_video_is_made_and_the_last_line_says_what_it_took(run, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANLOOM_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     ran = run("generate", "--task", SMALL, "--ckpt-dir", models / SMALL, *SHORT, "--out", "a.mp4")
     assert ran.code == 0, ran.err
     first, *_, last = ran.out.splitlines()
     assert first.startswith(
         "plan: t2v-1.3B 64x64, 5 frames at 16 fps, unipc 2 steps, shift 5, guidance 5, seed 1; about"
     )
+    assert re.search(r" free; all parts stay; about [\d.]+ s \(uncalibrated\)$", first)
     assert re.fullmatch(r"saved a\.mp4 in [\d.]+ s, peak [\d.]+ [GM]B, seed 1", last)
+    (kept,) = records.read(device_key("cpu"), read_rates("cpu"))
+    assert kept.kind == "t2v-1.3B float32" and all(count > 10**8 for count in kept.memory)
+    assert set(kept.stages) == {"encode", "denoise", "decode"}
+    assert all(raw > 0 and took > 0 for raw, took in kept.stages.values())
+    again = run("generate", "--task", SMALL, "--ckpt-dir", models / SMALL, *SHORT, "--out", "b.mp4")
+    assert again.out.splitlines()[0].endswith(" s (as 1 earlier run took)")
+    (tmp_path / "b.mp4").unlink()
     frames, fps = media.read_video(tmp_path / "a.mp4")
     assert (frames.shape, fps) == ((5, 64, 64, 3), 16)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.mp4"]
@@ -52,10 +62,21 @@ def test_the_official_spellings_are_the_same_command(run, models):
     assert json.loads(ours.out) == json.loads(theirs.out)
 
 
+def test_the_official_offloading_is_an_option_and_two_number_formats_conflict(run, models):
+    ran = run("generate", "--ckpt-dir", models / T2V, *SHORT, "--offload_model", "maybe", "--dry-run")
+    assert ran.code == 2 and "expected true or false" in ran.err
+    ran = run("generate", "--ckpt-dir", models / T2V, *SHORT, "--offload_model", "True", "--out", "a.png")
+    assert ran.code == 0, ran.err
+    assert "; parts come and go; about " in ran.out
+    ran = run(
+        "generate", "--ckpt-dir", models / T2V, *SHORT, "--convert_model_dtype", "--dtype", "float32", "--dry-run"
+    )
+    assert ran.code == 2 and "error[E2023]: convert-model-dtype: conflicts with --dtype float32" in ran.err
+
+
 @pytest.mark.parametrize(
     "words",
     [
-        ["--offload_model", "True"],
         ["--ulysses_size", "2"],
         ["--t5_fsdp"],
         ["--dit_fsdp"],

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)", re.ASCII)
+TEXT_LAYER = re.compile(r"encoder\.block\.(\d+)\.(.+)", re.ASCII)  # of transformers' UMT5
 # Values converted in one go.  Torch converts so few in the calling thread; with more it would start a second team of
 # threads, which takes the processors from the team that computes.
 PIECE = 2**14
@@ -90,9 +91,11 @@ def load_streamed(
     *,
     dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
     device: torch.device | str = "cpu",
+    block: re.Pattern[str] = BLOCK,
 ) -> FileBlocks:
     """`load_into` for a transformer whose blocks are streamed: fills, in place, what is outside of them.
 
+    block: what the module's own names in a block look like: its number, and the name in it.
     Returned is the source of the blocks, which stay on the meta device in the dtypes they are going to have.  Errors:
     those of `load_into`; those of values in the blocks come when these are read.
     """
@@ -104,7 +107,7 @@ def load_streamed(
     def target(name: str, stored: torch.dtype) -> torch.dtype:
         return dtype(name) if callable(dtype) else dtype or natural_dtype(stored)
 
-    inside, outside = _divide(module, weights)
+    inside, outside = _divide(module, weights, block)
     loaded: dict[str, Tensor] = {}
     with verified(weights):
         for name, value in read_ahead(outside):
@@ -118,18 +121,20 @@ def load_streamed(
         plain = source.scales[0] is None and source.dtype in TORCH_DTYPES
         stored = getattr(torch, TORCH_DTYPES[source.dtype]) if plain else torch.float32
         state[name].data = torch.empty_like(state[name], dtype=target(name, stored))  # still on the meta device
-    return file_blocks(module, weights)
+    return file_blocks(module, weights, block)
 
 
-def file_blocks(module: nn.Module, weights: Weights) -> FileBlocks:
+def file_blocks(module: nn.Module, weights: Weights, block: re.Pattern[str] = BLOCK) -> FileBlocks:
     """The source of a transformer's blocks in these files; nothing is read.  Errors: those of names and shapes."""
     places: dict[int, dict[str, Source]] = {}
-    for block, inner, source in _divide(module, weights)[0].values():
-        places.setdefault(block, {})[inner] = source
+    for number, inner, source in _divide(module, weights, block)[0].values():
+        places.setdefault(number, {})[inner] = source
     return FileBlocks(weights, places)
 
 
-def _divide(module: nn.Module, weights: Weights) -> tuple[dict[str, tuple[int, str, Source]], dict[str, Source]]:
+def _divide(
+    module: nn.Module, weights: Weights, block: re.Pattern[str]
+) -> tuple[dict[str, tuple[int, str, Source]], dict[str, Source]]:
     """The module's published names -> (block, name in the block, values) of those in blocks; -> values of all others.
 
     Both in the order of the disk.  A part that an adapter put into a block may be published under any name.
@@ -142,7 +147,7 @@ def _divide(module: nn.Module, weights: Weights) -> tuple[dict[str, tuple[int, s
     for official in sorted(plan, key=lambda official: place_on_disk(weights.tensors[official])):
         (name,), operation = plan[official]
         assert operation == "same", "a transformer's module has the official tensors"
-        found = BLOCK.fullmatch(own[id(state[name])])
+        found = block.fullmatch(own[id(state[name])])
         if found:
             inside[name] = int(found[1]), found[2], weights.tensors[official]
         else:

@@ -2,7 +2,7 @@
 
 Versions come from the installed packages' records, the CPU and memory from the operating system, GPUs from the driver.
 `--full` also starts torch and tries every video encoder, which takes some seconds; `--measure` times the attention
-kernels that are here.
+kernels that are here; `--calibrate` measures how fast this machine is, for `wanloom plan` and every run's estimate.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import click
 
 from wanloom import __version__, store
-from wanloom.cli.console import bytes_text, rich_console
+from wanloom.cli.console import bytes_text, count_text, rich_console
 from wanloom.cli.options import Command
-from wanloom.request import SUFFIXES
+from wanloom.errors import InputError
+from wanloom.rates import DTYPES, RATES, Rates, keep_rates
+from wanloom.request import SUFFIXES, check_device
 from wanloom.runtime import machine
 from wanloom.runtime.kernels import FUSED_FACTS, KERNEL_FACTS
 
@@ -46,16 +48,30 @@ ENCODERS = {"x264": "H.264 (.mp4 .mkv)", "vpx": "VP9 (.webm)", "x265": "H.265", 
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 @click.option("--full", is_flag=True, help="Also start torch and try the encoders (some seconds).")
 @click.option("--measure", is_flag=True, help="Also time the attention kernels that are here (up to a minute).")
+@click.option("--calibrate", is_flag=True, help="Measure how fast this machine is, and keep it for later estimates.")
+@click.option(
+    "--calibrate-share", type=click.FloatRange(0.001, 1), default=1.0, metavar="X", show_default=True,
+    help="Part of the usual sizes and times: quicker and rougher.",
+)  # fmt: skip
+@click.option("--device", default=None, metavar="NAME", help="What to calibrate: cpu, cuda or cuda:N (default: a GPU).")
 @click.option(
     "--cache", type=click.Choice(("show", "clear")), is_flag=False, flag_value="show",
     help="Only show the cache directory and its size, or clear it.",
 )  # fmt: skip
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, full: bool, measure: bool, cache: str | None) -> int:
+def command(
+    ctx: click.Context, as_json: bool, full: bool, measure: bool, calibrate: bool, calibrate_share: float,
+    device: str | None, cache: str | None,
+) -> int:  # fmt: skip
     """What is installed and what this machine can do. Exit 8 when something that every run needs is missing."""
     if cache is not None:
         show_cache(clear=cache == "clear", as_json=as_json)
         return 0
+    if calibrate:
+        show_rates(device, calibrate_share, as_json=as_json)
+        return 0
+    if device is not None or calibrate_share != 1:
+        raise InputError("E2023", "device: is for --calibrate, which was not asked for. Give both, or neither.")
     facts = examine()
     if full:
         facts["tried"] = try_out()
@@ -187,6 +203,29 @@ def show_cache(*, clear: bool, as_json: bool) -> None:
     print(f"{store.home()}" + (f": {bytes_text(freed)} freed" if clear else ""))
     for kind, found in kinds.items():
         print(f"{store.KINDS[kind]}: {found['files']} files, {bytes_text(found['bytes'])}")
+
+
+def show_rates(device: str | None, share: float, *, as_json: bool) -> None:
+    """Measure and keep the rates of a device, each on a line while the next is measured.  Error: E8002 no such GPU."""
+    from wanloom.runtime.measure import measure, present_device
+
+    device = present_device(None if device is None else check_device(device, "device"))
+    RATES.open()
+    found: dict[str, float] = {}
+    for name, rate in measure(device, store.home() / RATES.kind, share=share):
+        found[name] = rate
+        if not as_json:
+            print(f"{name:20}{_rate_text(name, rate)}", flush=True)
+    tables = {kind: {name: found[f"{kind} {name}"] for name in DTYPES} for kind in ("matrix", "attention")}
+    rates = Rates(**tables, **{name: found[name] for name in ("conv", "copy", "disk", "call")})  # type: ignore[arg-type]
+    path = keep_rates(rates, device)
+    print(json.dumps({"device": device, "file": path, **found}, indent=2) if as_json else f"kept for {device}: {path}")
+
+
+def _rate_text(name: str, rate: float) -> str:
+    if name == "call":
+        return f"{1e6 * rate:.1f} us"
+    return f"{bytes_text(rate)}/s" if name in ("copy", "disk") else f"{count_text(rate)}FLOP/s"
 
 
 def bundled_encoders() -> list[str]:

@@ -1,34 +1,35 @@
 """`wanloom plan`: what a run would need, what this machine has, and whether it fits. Nothing is loaded.
 
-Bytes and operations come from the Plan by closed formulas (`budget.py`); the machine is asked through the operating
-system. Exit code 0: it fits, 5: it does not.
+Bytes and operations come from the Plan by closed formulas (`budget.py`), where parts are from `placement.py`, the time
+from `forecast.py`; the machine is asked through the operating system. Exit code 0: it fits, 5: it does not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import click
 
 from wanloom import budget, demo
-from wanloom.cli.console import bytes_text, count_text, rich_console
+from wanloom.cli.console import bytes_text, count_text, rich_console, time_text
+from wanloom.cli.forecast import Forecast, forecast
 from wanloom.cli.options import DEFAULT_TASK, Command, read_request, request_options
-from wanloom.cli.room import PLENTY, dtype_of, need_of, runs_on_gpu, what_is_free
+from wanloom.cli.room import PLENTY, Basis, basis_of, dtype_of, place_of, runs_on_gpu, what_is_free
 from wanloom.errors import InputError
+from wanloom.placement import MemoryPlan
 from wanloom.plan import Plan, make_plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS, Variant, variant_for
 
-# Ways to take less memory: as it is, a transformer in the memory of two blocks (the same bits), then also a decoder in
-# half of it; a transformer in 8 bits.
-KEEPS: tuple[dict[str, Any], ...] = (
-    {}, {"resident_blocks": 0}, {"resident_blocks": 0, "vae_dtype": "bfloat16"}, {"quantise": "int8"},
-)  # fmt: skip
+# Ways to take less memory: as it is (streamed where it has to be, which changes no bit), then also a decoder in half of
+# its memory; a transformer in 8 bits.
+KEEPS: tuple[dict[str, Any], ...] = ({}, {"vae_dtype": "bfloat16"}, {"quantise": "int8"})
+OFFERS = 3  # other runs that are named
 RESOURCES = {"disk": "disk", "host": "memory", "gpu": "GPU"}
 
 
@@ -38,12 +39,19 @@ class Outlook:
 
     plan: Plan
     variant: Variant
+    request: Request
     dtype: str
     on_gpu: bool
-    need: budget.Need
+    memory: MemoryPlan
+    time: Forecast
+    basis: Basis
     have: budget.Have
     fetch: int  # bytes of the checkpoint that are still to download
     short: tuple[budget.Shortage, ...]
+
+    @property
+    def need(self) -> budget.Need:
+        return self.memory.need
 
 
 @click.command("plan", cls=Command)
@@ -69,16 +77,18 @@ def command(model: str | None, as_json: bool, **params: Any) -> int:
     return 5 if outlook.short else 0
 
 
-def look(request: Request, variant: Variant) -> Outlook:
-    """Plan a request and hold it against this machine."""
+def look(request: Request, variant: Variant, basis: Basis | None = None) -> Outlook:
+    """Plan a request and hold it against this machine; basis: what is known of it, read where it is not given."""
     plan = make_plan(request, variant, draft=True)
     on_gpu = runs_on_gpu(request)
     dtype = dtype_of(request, on_gpu=on_gpu)
-    need = need_of(request, plan, variant, on_gpu=on_gpu)
-    fetch = 0 if request.ckpt_dir or request.dit or request.dit_high else sum(file.bytes for file in variant.files)
+    basis = basis or basis_of(request, on_gpu=on_gpu)
     have = what_is_free(request, (request.out or Path()).parent, on_gpu=on_gpu)
-    short = budget.fits(replace(need, disk=need.disk + fetch), have)
-    return Outlook(plan, variant, dtype, on_gpu, need, have, fetch, short)
+    memory = place_of(request, plan, variant, have, basis, on_gpu=on_gpu)
+    time = forecast(request, plan, variant, memory, basis, on_gpu=on_gpu)
+    fetch = 0 if request.ckpt_dir or request.dit or request.dit_high else sum(file.bytes for file in variant.files)
+    short = budget.fits(replace(memory.need, disk=memory.need.disk + fetch), have)
+    return Outlook(plan, variant, request, dtype, on_gpu, memory, time, basis, have, fetch, short)
 
 
 def describe(outlook: Outlook) -> dict[str, Any]:
@@ -91,6 +101,10 @@ def describe(outlook: Outlook) -> dict[str, Any]:
         "checkpoint_bytes": outlook.fetch,
         "need": {**need, "flops": outlook.need.flops},
         "have": asdict(outlook.have),
+        "placement": {"modes": dict(outlook.memory.modes), "resident_blocks": outlook.memory.resident_blocks},
+        "seconds": {**outlook.time.seconds, "total": outlook.time.total},
+        "calibrated": outlook.time.measured,
+        "earlier_runs": outlook.time.runs,
         "fits": not outlook.short,
         "short": [asdict(item) for item in outlook.short],
     }
@@ -120,6 +134,11 @@ def show(outlook: Outlook) -> None:
     for row in _resources(outlook):
         table.add_row(*row)
     console.print(table, "")
+    console.print(Text(f"placement: {outlook.memory.words(outlook.variant.dit.layers)}"), soft_wrap=True)
+    stages_text = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in outlook.time.seconds.items())
+    console.print(Text(f"time: {outlook.time.words()}: {stages_text}"), soft_wrap=True)
+    if not outlook.time.measured:
+        console.print(Text("`wanloom doctor --calibrate` measures this machine in some seconds.", style="dim"))
     for line in verdict(outlook):
         console.print(Text(line, style="bold red" if outlook.short else "green"), soft_wrap=True)
 
@@ -144,7 +163,7 @@ def _levels(plan: Plan) -> str:
 
 
 def verdict(outlook: Outlook) -> list[str]:
-    """One line that says whether it fits, and when it does not, the nearest thing that would."""
+    """One line that says whether it fits, and when it does not, what would, cheapest first."""
     if not outlook.short:
         return ["It fits."]
     words = [
@@ -152,30 +171,47 @@ def verdict(outlook: Outlook) -> list[str]:
         for item in outlook.short
     ]
     lines = [f"It does not fit. {'; '.join(words)}."]
-    instead = next(alternatives(outlook), None)
-    if instead:
-        lines.append(f"This would: wanloom plan {instead}")
+    found = islice(dict.fromkeys(islice(alternatives(outlook), 2 * OFFERS)), OFFERS)
+    lines += [f"{'Or' if number else 'This would'}: wanloom plan {words}" for number, words in enumerate(found)]
     return lines
 
 
 def alternatives(outlook: Outlook) -> Iterator[str]:
-    """Cheaper runs that fit this machine, the least changed first, as words for `wanloom plan`."""
+    """Runs that fit this machine, as words for `wanloom plan`: what costs nothing first, then the least changed."""
+    request, basis = outlook.request, outlook.basis
+    plain = replace(request, resident_blocks=None, offload_model=None)
+    if plain != request and not look(plain, outlook.variant, basis).short:
+        frames = None if outlook.variant.needs("audio") else outlook.plan.frames
+        yield _words(outlook.variant, outlook.plan.asked, frames, outlook.dtype, {}, request.device)
     alike = [row for row in VARIANTS.values() if not row.demo and _needed(row) == _needed(outlook.variant)]
     by_size = sorted(alike, key=lambda row: sum(file.bytes for file in row.files), reverse=True)
     here = by_size.index(outlook.variant) if outlook.variant in by_size else 0
     for row in by_size[here:]:
-        small = min(row.sizes, key=lambda size: size[0] * size[1])
-        lengths = (None,) if row.needs("audio") else (row.defaults.frames, 33)  # a sound has a length of its own
-        for dtype in dict.fromkeys((outlook.dtype, "bfloat16")):
-            for size, frames, keep in product(dict.fromkeys((row.defaults.size, small)), lengths, KEEPS):
-                request = Request(task=row.name, size=size, frames=frames, dtype=dtype, **keep)
-                if not look(request, row).short:
-                    words = f"{row.name} --size {size[0]}x{size[1]}"
-                    words += "" if frames is None else f" --frames {frames}"
-                    words += f" --dtype {dtype}"
-                    yield words + "".join(f" --{name.replace('_', '-')} {value}" for name, value in keep.items())
+        for size, frames in product(*_shapes(row, outlook.plan if row is outlook.variant else None)):
+            for dtype, keep in product(dict.fromkeys((outlook.dtype, "bfloat16")), KEEPS):
+                other = Request(task=row.name, size=size, frames=frames, dtype=dtype, device=request.device, **keep)
+                if not look(other, row, basis).short:
+                    yield _words(row, size, frames, dtype, keep, request.device)
+                    break
     if (name := f"demo-{outlook.variant.task.partition('-')[0]}") in demo.available():
         yield name
+
+
+def _shapes(row: Variant, plan: Plan | None) -> tuple[list[tuple[int, int]], list[int | None]]:
+    """Sizes and lengths to try, what was asked for first; a sound has a length of its own."""
+    small = min(row.sizes, key=lambda size: size[0] * size[1])
+    size, frames = (plan.asked, plan.frames) if plan else (row.defaults.size, row.defaults.frames)
+    sizes = [size, *([small] if small[0] * small[1] < size[0] * size[1] else [])]
+    return sizes, [None] if row.needs("audio") else [frames, *([33] if frames > 33 else [])]
+
+
+def _words(
+    row: Variant, size: tuple[int, int], frames: int | None, dtype: str, keep: Mapping[str, Any],
+    device: str | None = None,
+) -> str:  # fmt: skip
+    """A run as words for `wanloom plan`."""
+    given = {"size": f"{size[0]}x{size[1]}", "frames": frames, "dtype": dtype, **keep, "device": device}
+    return row.name + "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
 
 
 def _needed(row: Variant) -> list[str]:

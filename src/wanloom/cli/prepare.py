@@ -19,10 +19,12 @@ from wanloom import budget, demo
 from wanloom.checkpoint.find import Files, resolve
 from wanloom.checkpoint.load import survey
 from wanloom.checkpoint.lora import relighting_file
+from wanloom.cli.forecast import Forecast, forecast
 from wanloom.cli.options import DEFAULT_TASK, typed_values
-from wanloom.cli.room import check_machine, check_room, need_of, runs_on_gpu, what_is_free
+from wanloom.cli.room import Basis, basis_of, check_machine, check_room, place_of, runs_on_gpu, what_is_free
 from wanloom.durable import free_name, sha256_file
 from wanloom.errors import InputError, WanloomWarning
+from wanloom.placement import MemoryPlan
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
 from wanloom.request import OPTIONS, ROLES, Request, request_from_text
 from wanloom.variants import VARIANTS, Variant, variant_for
@@ -39,10 +41,16 @@ class Prepared:
     files: Files
     plan: Plan
     outputs: tuple[Path, ...]
-    need: budget.Need
+    memory: MemoryPlan
     have: budget.Have
     demo_name: str | None
     resume: Path | None
+    time: Forecast
+    basis: Basis
+
+    @property
+    def need(self) -> budget.Need:
+        return self.memory.need
 
 
 def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool) -> Prepared:
@@ -77,12 +85,14 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     if demo_name is not None and not plan.in_clips:
         _warn_of_unknown_words(plan.prompt)
     on_gpu = runs_on_gpu(request)
-    need = need_of(request, plan, variant, on_gpu=on_gpu)
     have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
+    basis = basis_of(request, on_gpu=on_gpu)
+    memory = place_of(request, plan, variant, have, basis, on_gpu=on_gpu, files=files)
+    expected = forecast(request, plan, variant, memory, basis, on_gpu=on_gpu)
     if not dry_run:
-        check_outputs(outputs, plan, need, overwrite=request.overwrite or resume is not None)
-        check_room(need, have)
-    return Prepared(request, variant, files, plan, outputs, need, have, demo_name, resume)
+        check_outputs(outputs, plan, memory.need, overwrite=request.overwrite or resume is not None)
+        check_room(memory.need, have)
+    return Prepared(request, variant, files, plan, outputs, memory, have, demo_name, resume, expected, basis)
 
 
 # --- the request ----------------------------------------------------------------------------------------------------

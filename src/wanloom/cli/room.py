@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wanloom import budget
+from wanloom import budget, records
+from wanloom.checkpoint.find import Files
+from wanloom.checkpoint.stored import stored_bytes
 from wanloom.cli.console import bytes_text
 from wanloom.cli.doctor import torch_has_gpu_build
 from wanloom.errors import InputError, WanloomWarning
+from wanloom.estimate import Seen, learned_bytes
+from wanloom.placement import MemoryPlan, Room, Wishes, arrange, costs_of
 from wanloom.plan import Plan
+from wanloom.rates import Rates, device_key, read_rates
 from wanloom.request import Request
 from wanloom.runtime import machine
 from wanloom.runtime.kernels import (
@@ -27,10 +33,13 @@ PLENTY = 2**62  # bytes; what cannot be measured is not held against a run
 def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
-    Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
-    E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in, E8014 fused operations.
+    Errors: E8002 a GPU, E2023 two number formats, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products,
+    E8008 a compiler, E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in, E8014 fused
+    operations.
     """
     _check_gpu(request)
+    if request.convert_model_dtype and request.dtype == "float32":
+        raise InputError("E2023", "convert-model-dtype: conflicts with --dtype float32. Leave one of them out.")
     on_gpu = runs_on_gpu(request)
     capability = machine.gpus()[_index(request)].capability if on_gpu else None
     if request.attention is not None:
@@ -80,12 +89,58 @@ def dtype_of(request: Request, *, on_gpu: bool) -> str:
     return request.dtype or ("bfloat16" if on_gpu or request.convert_model_dtype else "float32")
 
 
-def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool) -> budget.Need:
-    """What a run takes the way it was asked for."""
-    return budget.need(
-        plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu, t5_cpu=request.t5_cpu,
-        quantise=request.quantise, resident_blocks=request.resident_blocks, vae_dtype=request.vae_dtype or "float32",
+@dataclass(frozen=True)
+class Basis:
+    """What is known of a device: what it does in a second, and what earlier runs took on it."""
+
+    rates: Rates
+    seen: tuple[Seen, ...]
+
+
+def basis_of(request: Request, *, on_gpu: bool) -> Basis:
+    """What is known of the device of a run.  Warning: W5007 for files that are damaged."""
+    device = device_of(request, on_gpu=on_gpu)
+    rates = read_rates(device)
+    return Basis(rates, records.read(device_key(device), rates))
+
+
+def device_of(request: Request, *, on_gpu: bool) -> str:
+    """The device by the name under which its rates are kept."""
+    return f"cuda:{_index(request)}" if on_gpu else "cpu"
+
+
+def kind_of(request: Request, variant: Variant, *, on_gpu: bool) -> str:
+    """Model and switches: runs that agree in them are alike."""
+    switches = (
+        request.attention, request.quantise, request.cache, request.guidance_mode,
+        "compile" if request.compile else None, "fused" if request.fused else None, request.vae_dtype,
+        "preview" if request.preview else None,
     )  # fmt: skip
+    return " ".join((variant.name, dtype_of(request, on_gpu=on_gpu), *(word for word in switches if word)))
+
+
+def place_of(
+    request: Request, plan: Plan, variant: Variant, have: budget.Have, basis: Basis, *, on_gpu: bool,
+    files: Files | None = None,
+) -> MemoryPlan:  # fmt: skip
+    """Where the parts are during a run, by what was asked for, what is free, and what such runs took beyond plans.
+
+    files: the model's, where they are known: what they have in few bits stays so.
+    """
+    dtype = dtype_of(request, on_gpu=on_gpu)
+    plain = request.quantise is not None or request.resident_blocks is not None
+    stored = {} if plain or files is None else stored_bytes(files, budget.DTYPE_BYTES[dtype])
+    costs = costs_of(
+        plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
+        changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
+        stored=stored, vae_dtype=request.vae_dtype or "float32",
+    )  # fmt: skip
+    wishes = Wishes(resident_blocks=request.resident_blocks, offload=request.offload_model, t5_cpu=request.t5_cpu)
+    found = arrange(costs, Room((have.gpu or 0) if on_gpu else None, have.host), wishes)
+    more = learned_bytes(basis.seen, kind_of(request, variant, on_gpu=on_gpu), found.need.host)
+    if more and not on_gpu:
+        found = arrange(replace(costs, beside=costs.beside + more), Room(None, have.host), wishes)
+    return found
 
 
 def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have:

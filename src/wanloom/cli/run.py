@@ -6,14 +6,18 @@ This is where torch is imported; everything before it is done by then.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanloom import demo
+from wanloom import demo, records
 from wanloom.cli.console import bytes_text, say, time_text
 from wanloom.cli.plan import headline
 from wanloom.cli.prepare import Prepared
 from wanloom.cli.progress import View, open_view
+from wanloom.cli.room import device_of, kind_of
+from wanloom.rates import device_key
+from wanloom.records import Meter, Record
 
 if TYPE_CHECKING:
     from wanloom.pipeline import Pipeline, Stream
@@ -31,7 +35,10 @@ def make(run: Prepared) -> Result:
     request, pipe = run.request, pipeline_of(run)
     with open_view() as view:
         # A continued run knows its files itself; naming them again could only contradict it.
-        result = follow(pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume), view)
+        meter = Meter()
+        stream = pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume)
+        result = follow(stream, view, meter.hear)
+    remember(run, result, meter)
     for line in closing(result, time.monotonic() - started):
         say(line)
     return result
@@ -54,11 +61,25 @@ def pipeline_of(run: Prepared) -> Pipeline:
         quantise=request.quantise,
         resident_blocks=request.resident_blocks,
         vae_dtype=request.vae_dtype,
+        offload=request.offload_model,
+        memory=run.memory,
     )
 
 
-def follow(stream: Stream, view: View) -> Result:
-    """Show a pipeline's events to the end and return its result."""
+def remember(run: Prepared, result: Result, meter: Meter) -> None:
+    """Keep what a run took, for later estimates; not of one that was continued, of which a part is missing."""
+    if result.began_at:
+        return
+    on_gpu = bool(run.need.gpu)
+    record = Record(
+        kind=kind_of(run.request, run.variant, on_gpu=on_gpu), estimated=run.time.raw, seconds=meter.seconds,
+        need=run.need.host, peak=result.peak_host_bytes, need_gpu=run.need.gpu, peak_gpu=result.peak_gpu_bytes or 0,
+    )  # fmt: skip
+    records.keep(record, device_key(device_of(run.request, on_gpu=on_gpu)), run.basis.rates)
+
+
+def follow(stream: Stream, view: View, hear: Callable[[Event], None] = lambda event: None) -> Result:
+    """Show a pipeline's events to the end and return its result; `hear` is told each of them."""
     stage, drawing = "", False
     try:
         while True:
@@ -68,6 +89,7 @@ def follow(stream: Stream, view: View) -> Result:
                 result: Result = end.value
                 return result
             drawing = True
+            hear(event)
             stage = show(event, stage, view)
             drawing = False
     except KeyboardInterrupt as stop:
@@ -104,6 +126,7 @@ def opening(run: Prepared) -> list[str]:
     place = "GPU memory" if on_gpu else "memory"
     many = f" to {run.plan.seed + run.request.num - 1}" if run.request.num > 1 else ""
     room = f"about {bytes_text(need)} {place}, {bytes_text(free or 0)} free"
+    room += f"; {run.memory.words(run.variant.dit.layers)}; {run.time.words()}"
     lines.append(f"plan: {run.variant.name} {headline(run.plan)}, seed {run.plan.seed}{many}; {room}")
     return lines
 

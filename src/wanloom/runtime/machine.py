@@ -79,6 +79,12 @@ def memory() -> tuple[int, int] | None:
     return total, available
 
 
+def own_memory() -> int:
+    """Bytes of main memory that this process has for itself, files that are only mapped left out; 0 where unknown."""
+    match = re.search(r"^RssAnon:\s+(\d+) kB", _read("/proc/self/status"), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
 def disk_free(path: Path) -> int:
     """Free bytes where `path` is, or would be."""
     place = path.resolve()

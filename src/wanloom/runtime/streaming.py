@@ -21,9 +21,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from math import prod
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +172,43 @@ class Streamed(Trunk):
         finally:
             self._homes[block].empty()
             self._feed.drop()
+
+
+class StreamedLayers(nn.Module):
+    """The same for the layers of a module that calls them itself, one after another: hooks around each of them.
+
+    layers: with their tensors on the meta device; they are no children of this.  Hung into the module that has them, so
+    that whoever lets that go finds it.  Close it as a `Streamed`.
+    """
+
+    def __init__(
+        self, layers: Iterable[nn.Module], source: Fill | HostBlocks, device: torch.device | str = "cpu",
+        *, slots: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        found = list(layers)
+        self._homes = [Home(layer) for layer in found]
+        layouts, order = [home.layout for home in self._homes], range(len(found))
+        self._feed = Feed(order, (CudaSlots if on_gpu(device) else Slots)(source, layouts, order, slots, device))
+        self._end = weakref.finalize(self, self._feed.close)
+        for number, layer in enumerate(found):
+            layer.register_forward_pre_hook(partial(_come, self._feed, self._homes[number], number))
+            layer.register_forward_hook(partial(_go, self._feed, self._homes[number]), always_call=True)
+
+    def close(self) -> None:
+        """End the reading and free the buffers; the layers are empty afterwards."""
+        self._end()
+        for home in self._homes:
+            home.empty()
+
+
+def _come(feed: Feed, home: Home, number: int, layer: nn.Module, given: Any) -> None:
+    home.fill(feed.take(number))
+
+
+def _go(feed: Feed, home: Home, layer: nn.Module, given: Any, result: Any) -> None:
+    home.empty()
+    feed.drop()
 
 
 def spread(blocks: int, kept: int) -> set[int]:
