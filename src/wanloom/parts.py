@@ -111,6 +111,16 @@ class Parts:
             names["weights"] = self.quantise
         return names
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Part -> bytes, of parts of which this process holds less than all; nothing here."""
+        return {}
+
+    @property
+    def company(self) -> dict[str, str]:
+        """What else decides the bits where several processes compute together; nothing here."""
+        return {}
+
     @contextmanager
     def use(self, part: str, expert: str | None = None) -> Iterator[Any]:
         """A part ("text", "clip", "audio", "vae", "dit" with its expert) as a module in eval mode, gone afterwards.
@@ -173,11 +183,16 @@ class Parts:
         weights = open_weights(path, kind=part)
         if part == "dit":
             self._fill_dit(module, weights, dtype)
-        elif part in PACKED and (self.quantise or holds_packed(weights)):
+        else:
+            self._fill(part, module, weights, dtype, device)
+        return module.eval().requires_grad_(False)
+
+    def _fill(self, part: str, module: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
+        """Any other part with its weights."""
+        if part in PACKED and (self.quantise or holds_packed(weights)):
             load_packed(module, weights, dtype=dtype, device=device, how=self.quantise)
         else:
             load_into(module, weights, dtype=dtype, device=device)
-        return module.eval().requires_grad_(False)
 
     def _fill_dit(self, dit: Any, weights: Weights, dtype: torch.dtype) -> None:
         """A transformer with its weights, and what it is given from outside.

@@ -88,7 +88,8 @@ class Pipeline:
 
     variant and files: what `checkpoint.survey` and `checkpoint.resolve` returned.  device "cpu" or "cuda[:n]" (None: a
     GPU when there is one), dtype "float32" or "bfloat16" (None: bfloat16 on a GPU), text_device: where the text encoder
-    runs (None: the same), and how parts are computed and kept: see `Parts`.
+    runs (None: the same), and how parts are computed and kept: see `Parts`.  make_parts: what makes the parts
+    (`together.Together`: on several processes).
     """
 
     def __init__(
@@ -103,15 +104,17 @@ class Pipeline:
         compile: bool = False,
         quantise: str | None = None,
         resident_blocks: int | None = None,
+        make_parts: Callable[..., Parts] = Parts,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
-        self.parts = Parts(
+        self.parts = make_parts(
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
             compile=compile, quantise=quantise, resident_blocks=resident_blocks,
         )  # fmt: skip
         self.variant = variant
         self._identity = cache(identity)
+        self.job: Job | Memory = Memory()  # of the run under way
         self.make_shortcuts: Callable[[Plan, Variant, Files], Shortcuts] = Shortcuts  # what measures stands in for it
 
     def __call__(self, prompt: str, **fields: Any) -> Video:
@@ -160,6 +163,7 @@ class Pipeline:
         outputs = files_to_write(out, folder, len(order.plans))
         self._preflight(order, outputs, resuming=folder is not None)
         job, notice = self._open(order, outputs, folder, shortcuts)
+        self.job = job
         with job:
             work = Work(order, outputs, job, self.device, shortcuts)
             if notice:
@@ -202,7 +206,7 @@ class Pipeline:
         on_gpu = self.device != "cpu"
         need = budget.need(
             plan, self.variant, self.parts.dtype, on_gpu=on_gpu, quantise=self.parts.quantise,
-            resident_blocks=self.parts.resident_blocks,
+            resident_blocks=self.parts.resident_blocks, held=self.parts.held,
         )  # fmt: skip
         for path in outputs:
             overwrite = request.overwrite or resuming  # a continued job looks at the file itself
@@ -239,7 +243,7 @@ class Pipeline:
             request=request_texts(request),
             precision={**self.parts.precision, **({"cache fit": shortcuts.fit} if shortcuts.fit else {})},
             weights=self.weights(),
-            machine=machine_fingerprint(self.device, order.plan.noise_device),
+            machine={**machine_fingerprint(self.device, order.plan.noise_device), **self.parts.company},
         )
         folder = resume or folder_for(outputs[0])
         return open_job(

@@ -21,10 +21,12 @@ from wanloom.checkpoint.load import survey
 from wanloom.checkpoint.lora import relighting_file
 from wanloom.cli.options import DEFAULT_TASK, typed_values
 from wanloom.cli.room import check_machine, check_room, need_of, runs_on_gpu, what_is_free
+from wanloom.cli.several import ALONE, Several
 from wanloom.durable import free_name, sha256_file
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
 from wanloom.request import OPTIONS, ROLES, Request, request_from_text
+from wanloom.runtime.layouts import Layout
 from wanloom.variants import VARIANTS, Variant, variant_for
 
 PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip", "audio_encoder")
@@ -43,9 +45,13 @@ class Prepared:
     have: budget.Have
     demo_name: str | None
     resume: Path | None
+    several: Several
+    layout: Layout
 
 
-def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool) -> Prepared:
+def prepare(
+    params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool, several: Several = ALONE
+) -> Prepared:
     """Check a command line against itself, the model, the pictures and the machine; see the module."""
     from wanloom.inputs import facts, read_inputs, with_folder  # here: `--help` needs no numpy
     from wanloom.speaking import check_speaker
@@ -66,6 +72,8 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     variant = survey(variant, files)
     relighting_file(request, files)
     plan = make_plan(request, variant, inputs=inputs)
+    on_gpu = runs_on_gpu(request)
+    layout = several.layout(request, variant, plan, on_gpu=on_gpu)
     outputs = output_files(request, plan) if resume is None else _outputs_of(resume, typed)
     if request.tts_text is not None:
         request = _spoken(request, outputs)
@@ -76,13 +84,12 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
         warnings.warn(WanloomWarning(note), stacklevel=2)
     if demo_name is not None and not plan.in_clips:
         _warn_of_unknown_words(plan.prompt)
-    on_gpu = runs_on_gpu(request)
-    need = need_of(request, plan, variant, on_gpu=on_gpu)
-    have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
+    need = need_of(request, plan, variant, on_gpu=on_gpu, several=several)
+    have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu, processes=several.local)
     if not dry_run:
         check_outputs(outputs, plan, need, overwrite=request.overwrite or resume is not None)
         check_room(need, have)
-    return Prepared(request, variant, files, plan, outputs, need, have, demo_name, resume)
+    return Prepared(request, variant, files, plan, outputs, need, have, demo_name, resume, several, layout)
 
 
 # --- the request ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from wanloom import budget
 from wanloom.cli.console import bytes_text
 from wanloom.cli.doctor import torch_has_gpu_build
+from wanloom.cli.several import ALONE, Several
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.plan import Plan
 from wanloom.request import Request
@@ -70,22 +71,26 @@ def dtype_of(request: Request, *, on_gpu: bool) -> str:
     return request.dtype or ("bfloat16" if on_gpu or request.convert_model_dtype else "float32")
 
 
-def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool) -> budget.Need:
-    """What a run takes the way it was asked for."""
+def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool, several: Several = ALONE) -> budget.Need:
+    """What a run takes the way it was asked for, or one process of several."""
+    dtype = dtype_of(request, on_gpu=on_gpu)
     return budget.need(
-        plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu, t5_cpu=request.t5_cpu,
-        quantise=request.quantise, resident_blocks=request.resident_blocks,
+        plan, variant, dtype, on_gpu=on_gpu, t5_cpu=request.t5_cpu, quantise=request.quantise,
+        resident_blocks=request.resident_blocks, held=several.held(variant, dtype),
     )  # fmt: skip
 
 
-def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have:
-    """Free bytes of disk, memory and the GPU that would be used; what cannot be known counts as enough."""
+def what_is_free(request: Request, folder: Path, *, on_gpu: bool, processes: int = 1) -> budget.Have:
+    """Free bytes of disk, memory and the GPU that would be used; what cannot be known counts as enough.
+
+    processes: how many share the memory of this machine; one has its part.
+    """
     memory = machine.memory()
     graphics = machine.gpus() if on_gpu else ()
     index = _index(request)
     return budget.Have(
         disk=machine.disk_free(folder),
-        host=memory[1] if memory else PLENTY,
+        host=(memory[1] if memory else PLENTY) // processes,
         gpu=graphics[index].free if index < len(graphics) else None,
     )
 

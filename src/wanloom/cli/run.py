@@ -6,8 +6,9 @@ This is where torch is imported; everything before it is done by then.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanloom import demo
 from wanloom.cli.console import bytes_text, say, time_text
@@ -16,6 +17,7 @@ from wanloom.cli.prepare import Prepared
 from wanloom.cli.progress import View, open_view
 
 if TYPE_CHECKING:
+    from wanloom.cli.crew import Lead
     from wanloom.pipeline import Pipeline, Stream
     from wanloom.results import Event, Result
 
@@ -28,31 +30,47 @@ def make(run: Prepared) -> Result:
     started = time.monotonic()
     for line in opening(run):
         say(line)
-    request, pipe = run.request, pipeline_of(run)
-    with open_view() as view:
-        # A continued run knows its files itself; naming them again could only contradict it.
-        result = follow(pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume), view)
+    with _company(run) as leading:
+        pipe = pipeline_of(run, leading)
+        with open_view() as view:
+            # A continued run knows its files itself; naming them again could only contradict it.
+            outputs = None if run.resume else run.outputs
+            result = follow(pipe.stream(run.request, out=outputs, resume=run.resume), view)
     for line in closing(result, time.monotonic() - started):
         say(line)
     return result
 
 
-def pipeline_of(run: Prepared) -> Pipeline:
-    """The pipeline that a prepared run asks for."""
+def _company(run: Prepared) -> AbstractContextManager[Lead | None]:
+    """The other processes of a run of several; a run alone has nobody."""
+    if run.several.alone:
+        return nullcontext()
+    from wanloom.cli.crew import lead
+
+    return lead(run)
+
+
+def pipeline_of(run: Prepared, leading: Lead | None = None) -> Pipeline:
+    """The pipeline that a prepared run asks for; of the first of several processes."""
     from wanloom.pipeline import Pipeline
 
     request = run.request
-    return Pipeline(
+    make: dict[str, Any] = {} if leading is None else {"make_parts": leading.make_parts}
+    pipe = Pipeline(
         run.variant,
         run.files,
-        device=request.device,
+        device=request.device if leading is None else leading.device,
         dtype=request.dtype or ("bfloat16" if request.convert_model_dtype else None),
         text_device="cpu" if request.t5_cpu else None,
         attention=request.attention,
         compile=request.compile,
         quantise=request.quantise,
         resident_blocks=request.resident_blocks,
+        **make,
     )
+    if leading is not None:
+        leading.pipe = pipe
+    return pipe
 
 
 def follow(stream: Stream, view: View) -> Result:
@@ -103,6 +121,8 @@ def opening(run: Prepared) -> list[str]:
     many = f" to {run.plan.seed + run.request.num - 1}" if run.request.num > 1 else ""
     room = f"about {bytes_text(need)} {place}, {bytes_text(free or 0)} free"
     lines.append(f"plan: {run.variant.name} {headline(run.plan)}, seed {run.plan.seed}{many}; {room}")
+    if not run.several.alone:
+        lines.append(f"{run.layout.world} processes: {run.layout}")
     return lines
 
 
