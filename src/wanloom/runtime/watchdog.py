@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import struct
 import threading
 import time
@@ -140,7 +139,7 @@ class Watch(threading.Thread):
         self._still, self._parent = Standstill(extra), os.getppid()
         self._over = threading.Event()
         self._told: float | None = None
-        self._reading, self._writing = socket.socketpair()
+        self._pipe: tuple[int, int] | None = None  # through which signals come
         self.write()
 
     def write(self) -> None:
@@ -149,15 +148,19 @@ class Watch(threading.Thread):
 
     def hear_signals(self) -> None:
         """From now on signals are known to the thread, too, in the moment they come.  For the main thread."""
-        for end in (self._reading, self._writing):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
 
     def close(self) -> None:
-        """The work is over."""
+        """The work is over.  For the thread that called `hear_signals`."""
         self._over.set()
-        if threading.current_thread() is threading.main_thread() and self._told is None:
+        if self.is_alive():
+            self.join()
+        if self._pipe is not None:
             signal.set_wakeup_fd(-1)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
 
     def run(self) -> None:
         while not self._over.wait(EVERY):
@@ -170,13 +173,20 @@ class Watch(threading.Thread):
         """Why this process has to end, or None."""
         if os.getppid() != self._parent:
             return "the process that started this one is gone"
-        with suppress(BlockingIOError):
-            if self._told is None and set(self._reading.recv(64)) & {int(number) for number in SIGNALS}:
-                self._told = time.monotonic()
+        if self._told is None and self._was_told():
+            self._told = time.monotonic()
         if self._told is not None and time.monotonic() - self._told > REACT:
             return "it was told to stop and waited for other processes in vain"
         still = self._still.look(self._news())
         return None if still is None else f"no process of this run did anything for {still:.0f} s"
+
+    def _was_told(self) -> bool:
+        """Whether a signal has come that asks for the end."""
+        if self._pipe is None:
+            return False
+        with suppress(BlockingIOError):
+            return bool(set(os.read(self._pipe[0], 64)) & {int(number) for number in SIGNALS})
+        return False
 
     def _news(self) -> Sequence[Reading] | None:
         """The board after this process's own line was written; None when it cannot be reached."""
