@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "wanloom"
 
 FLOORS = (
-    ("errors", "durable", "store"),
+    ("errors", "durable", "store", "pulse"),
     ("models", "sampling", "request"),
-    ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
-    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "prompts", "preview", "preprocess"),
+    ("variants", "budget", "shares", "encoders", "runtime", "checkpoint", "media", "demo"),
+    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "together", "jobs", "prompts", "preview", "preprocess"),
     ("conditioning", "results", "outputs", "work", "shortcuts"),
     ("pipeline",),
     ("calibrate", "train", "server"),

@@ -56,9 +56,6 @@ def test_the_official_spellings_are_the_same_command(run, models):
     "words",
     [
         ["--offload_model", "True"],
-        ["--ulysses_size", "2"],
-        ["--t5_fsdp"],
-        ["--dit_fsdp"],
         ["--use_prompt_extend"],
         ["--use-prompt-extend", "true"],
     ],
