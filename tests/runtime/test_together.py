@@ -115,7 +115,8 @@ def check(folder: Path, cases: dict[str, Case]) -> None:
     for name, case in cases.items():
         alone = make(folder, case, None)
         far = float((made[name] - alone).abs().max() / alone.abs().max())
-        assert far < NEAR, f"{name}: {far}"
+        print(f"{name}: {far:.1e}")
+        assert far <= (0 if case[2] == (2, 1, 1) else NEAR), f"{name}: {far}"  # halves alone: the same bits
 
 
 @pytest.fixture(scope="module")

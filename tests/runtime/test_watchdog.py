@@ -136,11 +136,14 @@ def test_a_signal_that_nobody_answers_is_answered_by_the_thread(
     monkeypatch.setattr(watchdog, "REACT", 0.5)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     ended: list[str] = []
-    watch = Watch(FileBoard(tmp_path / "board", 0), ended.append)
+    waits = [False]
+    watch = Watch(FileBoard(tmp_path / "board", 0), ended.append, waits=lambda: waits[0])
     watch.hear_signals()
     try:
         watch.start()
         os.kill(os.getpid(), signal.SIGTERM)
+        assert not wait_for(ended, 1.5)  # the main thread is about to answer
+        waits[0] = True
         assert "told to stop" in wait_for(ended, 20)[0]
     finally:
         watch.close()

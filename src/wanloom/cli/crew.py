@@ -63,7 +63,7 @@ def lead(run: Prepared) -> Iterator[Lead]:
     crew, board = meet(place)
     device = crew.compute_on("cuda" if runs_on_gpu(run.request) else "cpu")
     leading = Lead(device, partial(Together, crew=crew, layout=layout, cut=run.several.cut), folder)
-    watch = Watch(board, leading.end)
+    watch = Watch(board, leading.end, waits=lambda: crew.within)
     watch.hear_signals()
     watch.start()
     try:

@@ -125,7 +125,6 @@ class Several:
             "quantise": request.quantise is not None,
             "resident-blocks": request.resident_blocks is not None,
             "use-relighting-lora": request.use_relighting_lora,
-            "compile": request.compile,
         }
         text = {"quantise": request.quantise is not None, "t5-cpu": request.t5_cpu}
         for option, part, others in (("dit_fsdp", "dit", dit), ("t5_fsdp", "text", text)):
@@ -139,8 +138,9 @@ ALONE = Several()
 
 def _refuse_options(request: Request, layout: Layout) -> None:
     """Options that mean one process, or one GPU, or a kernel where the ring computes attention itself."""
-    if request.cache is not None:
-        raise InputError("E2023", f"cache: {request.cache} works in a run of one process. Leave it out.")
+    for option, asked in (("cache", request.cache is not None), ("compile", request.compile)):
+        if asked:
+            raise InputError("E2023", f"{option}: works in a run of one process. Leave it out.")
     if request.device is not None and ":" in request.device:
         text = f"device: {request.device} is one GPU, and {layout.world} processes take one each."
         raise InputError("E2023", f"{text} Use --device cuda, and CUDA_VISIBLE_DEVICES to choose.")

@@ -53,6 +53,7 @@ class Crew:
 
     def __init__(self, place: Place) -> None:
         self.place, self.torn = place, False
+        self.within = False  # whether an exchange is under way
         self.device = torch.device("cpu")  # where tensors of orders are, on every process; `compute_on` changes it
 
     @property
@@ -102,13 +103,15 @@ class Crew:
     @contextmanager
     def exchange(self) -> Iterator[None]:
         """Something that all processes do together.  Raises Lost when one of them is gone."""
-        self.torn = True
+        self.torn = self.within = True
         try:
             yield
         except RuntimeError as error:
             if is_loss(error):
                 raise Lost(str(error)) from error
             raise
+        finally:
+            self.within = False
         self.torn = False
         pulse.beat()
 

@@ -130,12 +130,15 @@ class Watch(threading.Thread):
     """Looks every half second whether this process waits in vain, and then calls `end(reason)`.
 
     In vain is: nobody does anything for too long (`Standstill`); the process that started this one is gone; a signal
-    came and the main thread, deep in an exchange, did not answer.
+    came and the main thread did not answer, which is deep in an exchange when `waits` says so.
     """
 
-    def __init__(self, board: Board, end: Callable[[str], None], *, extra: float = 0.0) -> None:
+    def __init__(
+        self, board: Board, end: Callable[[str], None], *, extra: float = 0.0,
+        waits: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         super().__init__(name="watchdog", daemon=True)
-        self._board, self._end = board, end
+        self._board, self._end, self._waits = board, end, waits
         self._still, self._parent = Standstill(extra), os.getppid()
         self._over = threading.Event()
         self._told: float | None = None
@@ -175,7 +178,7 @@ class Watch(threading.Thread):
             return "the process that started this one is gone"
         if self._told is None and self._was_told():
             self._told = time.monotonic()
-        if self._told is not None and time.monotonic() - self._told > REACT:
+        if self._told is not None and self._waits() and time.monotonic() - self._told > REACT:
             return "it was told to stop and waited for other processes in vain"
         still = self._still.look(self._news())
         return None if still is None else f"no process of this run did anything for {still:.0f} s"
