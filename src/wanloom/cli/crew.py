@@ -41,7 +41,7 @@ class Lead:
             rescue = threading.Thread(target=self.pipe.job.rescue, daemon=True)
             rescue.start()
             rescue.join(RESCUE)
-        report_error(f"error[E7003]: {reason}. {continue_words(self.folder)}")
+        report_error(str(Interrupted("E7003", f"{reason}. {continue_words(self.folder)}")))
         os._exit(RESUMABLE)
 
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from wanloom.cli.console import report_error, report_warning
+from wanloom.cli.console import report_error, report_warning, warning_line
 from wanloom.cli.doctor import torch_has_gpu_build
 from wanloom.cli.several import FOLDER, too_few
-from wanloom.errors import InputError
+from wanloom.errors import InputError, Interrupted
 from wanloom.jobs import resume_command
 from wanloom.runtime import machine
 from wanloom.runtime.watchdog import FileBoard, Standstill
@@ -135,7 +135,7 @@ class _Crew:
         """A process is gone: the first saves what it has, by itself or when it is told to, or is ended."""
         first, code = self._processes[0], self._processes[rank].returncode
         if code < 0:
-            report_warning(f"warning[W7002]: process {rank} of {self.count} was killed by signal {-code}.")
+            report_warning(warning_line(f"W7002: process {rank} of {self.count} was killed by signal {-code}."))
         self._wait([first], LEAVE)
         if first.poll() is None:
             first.send_signal(signal.SIGTERM)
@@ -155,7 +155,7 @@ class _Crew:
         self.kill()
         file = self.folder / JOB
         end = continue_words(Path(file.read_text())) if file.is_file() else "Run the command again."
-        report_error(f"error[E7002]: {why}. {end}")
+        report_error(str(Interrupted("E7002", f"{why}. {end}")))
         return RESUMABLE
 
     def _wait(self, processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
