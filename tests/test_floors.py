@@ -14,11 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "wanloom"
 
 FLOORS = (
-    ("errors", "durable", "store"),
+    ("errors", "durable", "store", "pulse"),
     ("models", "sampling", "request"),
     (
         "variants",
         "budget",
+        "shares",
         "rates",
         "estimate",
         "placement",
@@ -29,7 +30,7 @@ FLOORS = (
         "media",
         "demo",
     ),
-    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "prompts", "preview", "preprocess"),
+    ("clips", "sizes", "plan", "inputs", "speaking", "parts", "together", "jobs", "prompts", "preview", "preprocess"),
     ("conditioning", "results", "outputs", "work", "shortcuts"),
     ("pipeline",),
     ("calibrate", "train", "server"),

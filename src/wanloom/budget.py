@@ -547,16 +547,18 @@ class Shortage:
 def need(
     plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_cpu: bool = False,
     quantise: str | None = None, resident_blocks: int | None = None, vae_dtype: str = "float32",
+    held: Mapping[str, int] | None = None,
 ) -> Need:  # fmt: skip
     """Bytes and operations of a run whose parts are loaded for their stage and released after it.
 
     On a GPU the host holds the finished frames and, one at a time, tensors on their way; and the text stage when the
     encoder stays on the CPU (t5_cpu).  Of a video in clips it holds those of a clip and of the past of the next.
     quantise and resident_blocks: see `part_bytes`; what is quantised and streamed waits in the host's memory.
-    vae_dtype: in which the VAE decodes.
+    vae_dtype: in which the VAE decodes.  held: part -> bytes, of parts of which this process holds a share
+    (`shares.held_bytes`).
     """
     sizes = part_bytes(variant, dtype, quantise=quantise, resident_blocks=resident_blocks)
-    stages = _stages(plan, variant, dtype, sizes, vae_dtype)
+    stages = _stages(plan, variant, dtype, {**sizes, **(held or {})}, vae_dtype)
     shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
     frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
     if not on_gpu:

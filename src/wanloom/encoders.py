@@ -160,7 +160,7 @@ def encode_text(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], text_l
     for prompt in prompts:
         ids, mask = tokenizer(prompt, text_len)
         length = int(mask.sum())
-        out = model(input_ids=model.shared.weight.new_tensor(ids[:, :length].tolist(), dtype=torch.long))
+        out = model(input_ids=ids[:, :length].to(model.shared.weight.device))
         rows.append(F.pad(out.last_hidden_state, (0, 0, 0, text_len - length)))
     return torch.cat(rows)
 

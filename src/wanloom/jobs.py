@@ -56,6 +56,9 @@ OF_A_CLIP = ("latents", "state-")
 EVERY_SECONDS = 60.0
 EVERY_SHARE = 0.05  # of the steps
 
+PROCESSES = "processes"  # in a record's machine, where several computed together
+COMPANY = "the job was begun by another number of processes: it goes on, with results that are equal but for rounding"
+
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -283,6 +286,11 @@ class Job:
         if due or state.done == steps:
             self._save_reached()
 
+    def rescue(self) -> None:
+        """Save the last step that was reached; from another thread, when the one that works here waits for ever."""
+        with suppress(OSError, InputError):
+            self._save_reached()
+
     def _save_reached(self) -> None:
         """Save the last step that was reached, when it is not on disk already."""
         state = self._reached
@@ -397,6 +405,9 @@ class Memory:
     def has(self, name: str) -> bool:
         return False
 
+    def rescue(self) -> None:
+        return None
+
     def reached(self, state: State) -> None:
         return None
 
@@ -447,6 +458,9 @@ def open_job(
             raise InputError("E2020", f"resume: {folder} is another run; these differ: {names}. Nothing was changed.")
         if record.machine == stored.machine:
             return job, ""
+        if _in_company(record.machine, stored.machine):
+            _write_record(job)
+            return job, COMPANY
         notice = _machine_notice(record.machine, stored.machine)
         job.forget()
         _write_record(job)
@@ -475,6 +489,16 @@ def _write_record(job: Job) -> None:
 def _machine_notice(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     changed = [f"{key} {theirs.get(key)} -> {mine.get(key)}" for key in mine if mine.get(key) != theirs.get(key)]
     return f"the job was begun elsewhere ({', '.join(changed)[:200]}): it starts over, so that nothing is mixed."
+
+
+def _in_company(mine: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
+    """Whether two machines differ only in how many processes compute together, and with how many threads each."""
+    if PROCESSES not in mine and PROCESSES not in theirs:
+        return False
+    but = {PROCESSES, "threads"}
+    return {name: mine.get(name) for name in {*mine, *theirs} - but} == {
+        name: theirs.get(name) for name in {*mine, *theirs} - but
+    }
 
 
 def _lock(folder: Path) -> int:

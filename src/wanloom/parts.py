@@ -44,6 +44,7 @@ from wanloom.runtime.compile import compile_blocks
 from wanloom.runtime.fused import FUSED
 from wanloom.runtime.kernels import require_compiler, require_fused, require_method, require_vae_dtype
 from wanloom.runtime.quant import quantise
+from wanloom.runtime.sharding import is_cut
 from wanloom.runtime.streaming import Fill, HostBlocks, Streamed, StreamedLayers
 from wanloom.variants import Variant
 
@@ -136,6 +137,16 @@ class Parts:
             names["weights"] = self.quantise
         return names
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Part -> bytes, of parts of which this process holds less than all; nothing here."""
+        return {}
+
+    @property
+    def company(self) -> dict[str, str]:
+        """What else decides the bits where several processes compute together; nothing here."""
+        return {}
+
     @contextmanager
     def use(self, part: str, expert: str | None = None) -> Iterator[Any]:
         """A part ("text", "clip", "audio", "vae", "dit" with its expert) as a module in eval mode, gone afterwards.
@@ -166,14 +177,20 @@ class Parts:
         if memory.keeps:
             staying = frozenset(BUILD)
         streamed = memory.modes["text"] == STREAMED
-        if (staying, memory.resident_blocks, streamed) != (self.staying, self.resident_blocks, self.text_streamed):
-            self.release()
-        self.staying, self.resident_blocks, self.text_streamed = staying, memory.resident_blocks, streamed
+        self.keep(staying, memory.resident_blocks, text_streamed=streamed)
         try:
             yield
-        finally:
-            if not memory.keeps:
-                self.release()
+        except BaseException:
+            self.drop()
+            raise
+        if not memory.keeps:
+            self.release()
+
+    def keep(self, staying: frozenset[str], resident_blocks: int | None, *, text_streamed: bool) -> None:
+        """From now on these parts stay between uses, and so many blocks of a transformer that is streamed."""
+        if (staying, resident_blocks, text_streamed) != (self.staying, self.resident_blocks, self.text_streamed):
+            self.drop()
+        self.staying, self.resident_blocks, self.text_streamed = staying, resident_blocks, text_streamed
 
     def room(self) -> Room:
         """Bytes that are free for this process, with those it has already."""
@@ -198,6 +215,10 @@ class Parts:
 
     def release(self) -> None:
         """Let go of everything that stayed loaded."""
+        self.drop()
+
+    def drop(self) -> None:
+        """The same on this process alone, where there are others."""
         while self._loaded:
             release(self._loaded.popitem()[1])
 
@@ -233,11 +254,16 @@ class Parts:
         elif part == "text" and self.text_streamed:
             source = load_streamed(module, weights, dtype=dtype, device=device, block=TEXT_LAYER)
             module.streamed = StreamedLayers(module.get_submodule("encoder.block").children(), source, device)
-        elif part in PACKED and (self.quantise or holds_packed(weights)):
+        else:
+            self._fill(part, module, weights, dtype, device)
+        return module.eval().requires_grad_(False)
+
+    def _fill(self, part: str, module: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
+        """Any other part with its weights."""
+        if part in PACKED and (self.quantise or holds_packed(weights)):
             load_packed(module, weights, dtype=dtype, device=device, how=self.quantise)
         else:
             load_into_narrowed(module, weights, dtype=dtype, device=device)
-        return module.eval().requires_grad_(False)
 
     def _fill_dit(self, dit: Any, weights: Weights, dtype: torch.dtype) -> None:
         """A transformer with its weights, and what it is given from outside.
@@ -304,7 +330,8 @@ def release(module: nn.Module) -> None:
         if isinstance(part, Streamed | StreamedLayers):
             part.close()
     on_gpu = any(tensor.is_cuda for tensor in module.parameters())
-    module.to("meta")
+    if not is_cut(module):  # which cannot be moved in the middle of an exchange; it goes with the last reference
+        module.to("meta")
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()

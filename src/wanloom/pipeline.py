@@ -92,6 +92,7 @@ class Pipeline:
     GPU when there is one), dtype "float32" or "bfloat16" (None: bfloat16 on a GPU), text_device: where the text encoder
     runs (None: the same), and how parts are computed and kept: see `Parts`.  Where they are is decided for each run by
     what is free then (`placement.arrange`), within resident_blocks and offload (see `Wishes`); or it is `memory`.
+    make_parts: what makes the parts (`together.Together`: on several processes).
     """
 
     def __init__(
@@ -110,10 +111,11 @@ class Pipeline:
         vae_dtype: str | None = None,
         offload: bool | None = None,
         memory: MemoryPlan | None = None,
+        make_parts: Callable[..., Parts] = Parts,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
-        self.parts = Parts(
+        self.parts = make_parts(
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
             compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks, vae_dtype=vae_dtype,
         )  # fmt: skip
@@ -122,6 +124,7 @@ class Pipeline:
             resident_blocks=resident_blocks, offload=offload, t5_cpu=self.parts.text_device != self.device
         )
         self._identity = cache(identity)
+        self.job: Job | Memory = Memory()  # of the run under way
         self.make_shortcuts: Callable[[Plan, Variant, Files], Shortcuts] = Shortcuts  # what measures stands in for it
 
     def __call__(self, prompt: str, **fields: Any) -> Video:
@@ -171,6 +174,7 @@ class Pipeline:
         outputs = files_to_write(out, folder, len(order.plans))
         self._preflight(order, outputs, memory.need, resuming=folder is not None)
         job, notice = self._open(order, outputs, folder, shortcuts)
+        self.job = job
         with job, self.parts.arranged(memory):
             work = Work(order, outputs, job, self.device, shortcuts)
             if notice:
@@ -191,6 +195,7 @@ class Pipeline:
             order.plan, self.variant, parts.dtype, read_rates(self.device), on_gpu=self.device != "cpu",
             quantise=parts.quantise, changed=order.lora is not None, t5_cpu=self.wishes.t5_cpu, num=order.request.num,
             host=room.host, stored={} if plain else parts.stored, vae_dtype=parts.vae_dtype,
+            held=parts.held, unstreamed=("text", "dit") if parts.company else (),
         )  # fmt: skip
         return arrange(costs, room, self.wishes)
 
@@ -256,7 +261,7 @@ class Pipeline:
             request=request_texts(request),
             precision={**self.parts.precision, **({"cache fit": shortcuts.fit} if shortcuts.fit else {})},
             weights=self.weights(),
-            machine=machine_fingerprint(self.device, order.plan.noise_device),
+            machine={**machine_fingerprint(self.device, order.plan.noise_device), **self.parts.company},
         )
         folder = resume or folder_for(outputs[0])
         return open_job(

@@ -18,7 +18,7 @@ What is asked for (`Wishes`) narrows the choice.  Nothing is ever put into fewer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -261,24 +261,25 @@ def _wait(costs: Costs, name: str, mode: str, stay: int, keeps: bool) -> float:
 def costs_of(
     plan: budget.Sized, variant: Variant, dtype: str, rates: Rates, *, on_gpu: bool, quantise: str | None = None,
     changed: bool = False, t5_cpu: bool = False, num: int = 1, host: int = 0, stored: Mapping[str, int] | None = None,
-    vae_dtype: str = "float32",
+    vae_dtype: str = "float32", held: Mapping[str, int] | None = None, unstreamed: Collection[str] = (),
 ) -> Costs:  # fmt: skip
     """The numbers of `num` videos of a plan for one model.
 
     changed: the transformer's blocks are not those of its files (a LoRA); such and quantised ones can come and go on a
     GPU only, from the host's memory.  host: free bytes there, which keep files that are read again and again.  stored:
     part -> its bytes where its files have few bits; such stays whole, as blocks of it would come in full width.
-    vae_dtype: in which the VAE decodes.
+    vae_dtype: in which the VAE decodes.  held: part -> bytes that this process has of it, where several
+    share its weights.  unstreamed: parts whose blocks do not come and go.
     """
     stored = stored or {}
     whole, flowing = (
         budget.need(
             plan, variant, dtype, on_gpu=on_gpu, t5_cpu=t5_cpu, quantise=quantise, resident_blocks=blocks,
-            vae_dtype=vae_dtype,
+            vae_dtype=vae_dtype, held=held,
         )
         for blocks in (None, 0)
     )  # fmt: skip
-    sizes = {**budget.part_bytes(variant, dtype, quantise=quantise), **stored}
+    sizes = {**budget.part_bytes(variant, dtype, quantise=quantise), **stored, **(held or {})}
     parts = _parts(plan, variant, sizes, num)
     fixed = {"dit"} if (quantise is not None or changed) and not on_gpu else set()
     fixed |= {"text"} if quantise is not None or t5_cpu else set()
@@ -286,7 +287,7 @@ def costs_of(
         "dit": (variant.dit.layers, budget.block_bytes(variant.dit, dtype, quantise)),
         "text": (variant.text.layers, _text_layer(variant) * budget.DTYPE_BYTES[dtype]),
     }
-    for name in blocks.keys() - fixed - stored.keys():
+    for name in blocks.keys() - fixed - set(unstreamed) - stored.keys():
         parts[name] = replace(parts[name], blocks=blocks[name][0], block=blocks[name][1])
     return Costs(
         stages=tuple(_narrowed(stage, stored) for stage in whole.stages), parts=parts, on_gpu=on_gpu,

@@ -469,7 +469,7 @@ OPTIONS: tuple[Option, ...] = tuple(
 
 @dataclass(frozen=True)
 class Unavailable:
-    """An official option this version does not have; its value is accepted where it asks for what happens anyway."""
+    """An official option that is not to be had here; a value that asks for what happens anyway is accepted."""
 
     flags: tuple[str, ...]
     code: str
@@ -477,15 +477,20 @@ class Unavailable:
     switch: bool = False  # also valid without a value, which then means true
     cure: str = "Leave it out."
 
+    @property
+    def where(self) -> str:
+        return "in this command" if self.cure == SEVERAL else "in this version"
+
 
 SPEAK = "Any program can speak: use --tts-text with --tts-command."
+SEVERAL = "Several processes are for `wanloom generate`."
 _OFF = ("false", "f", "no", "n", "0")
 
 UNAVAILABLE: tuple[Unavailable, ...] = (
-    Unavailable(("--ulysses_size", "--ulysses-size"), "E2018", ("1",)),
-    Unavailable(("--ring_size", "--ring-size"), "E2018", ("1",)),
-    Unavailable(("--t5_fsdp", "--t5-fsdp"), "E2019", _OFF, switch=True),
-    Unavailable(("--dit_fsdp", "--dit-fsdp"), "E2019", _OFF, switch=True),
+    Unavailable(("--ulysses_size", "--ulysses-size"), "E2018", ("1",), cure=SEVERAL),
+    Unavailable(("--ring_size", "--ring-size"), "E2018", ("1",), cure=SEVERAL),
+    Unavailable(("--t5_fsdp", "--t5-fsdp"), "E2019", _OFF, switch=True, cure=SEVERAL),
+    Unavailable(("--dit_fsdp", "--dit-fsdp"), "E2019", _OFF, switch=True, cure=SEVERAL),
     Unavailable(("--use_prompt_extend", "--use-prompt-extend"), "E2026", _OFF, switch=True),
     Unavailable(("--prompt_extend_method", "--prompt-extend-method"), "E2026", None),
     Unavailable(("--prompt_extend_model", "--prompt-extend-model"), "E2026", None),
@@ -499,7 +504,7 @@ UNAVAILABLE: tuple[Unavailable, ...] = (
 def check_unavailable(option: Unavailable, value: str) -> None:
     """Nothing, or the refusal (exit 2) when `value` asks for something this version does not do."""
     if option.harmless is not None and value.strip().lower() not in option.harmless:
-        raise InputError(option.code, f"{option.flags[0]} {value}: not available in this version. {option.cure}")
+        raise InputError(option.code, f"{option.flags[0]} {value}: not available {option.where}. {option.cure}")
 
 
 def request_from_text(values: Mapping[str, str | bool]) -> Request:

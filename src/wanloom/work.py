@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanloom import pulse
 from wanloom.jobs import Job, Memory
 from wanloom.plan import Plan, Segment
 from wanloom.preview import Film, Previewer
@@ -58,6 +59,7 @@ class Work:
 
     def event(self, stage: str, step: int, steps: int, **more: Any) -> Event:
         """An event now."""
+        (pulse.step if stage == "denoise" else pulse.beat)()
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         host, gpu = peak_memory(self._device)

@@ -192,6 +192,37 @@ def test_b027_a_disk_that_is_too_full(refused, models, monkeypatch):
     assert re.search(r"need \d+ MB, have \d+ MB", said)
 
 
+def test_b028_sizes_that_do_not_go_with_the_heads_or_the_processes(refused, models):
+    words = ("--ckpt-dir", models / T2V, *SHORT, "--prompt", "x", "--device", "cpu", "--dry-run")
+    said = refused("E2018", *words, "--gpus", "3", "--ulysses_size", "3")
+    assert "3 does not divide the 2 heads of this model. Use one of 1." in said
+    assert "does not make 4 processes" in refused("E2018", *words, "--gpus", "4", "--ulysses_size", "3")
+    assert "Start more with --gpus" in refused("E2018", *words, "--ulysses_size", "8")
+
+
+@pytest.mark.parametrize("option", ["--dit_fsdp", "--t5_fsdp"])
+def test_b029_weights_cut_among_one_process(option, refused, models):
+    said = refused("E2019", "--ckpt-dir", models / T2V, *SHORT, "--prompt", "x", option)
+    assert "this is one process. Start more with --gpus" in said
+
+
+@pytest.mark.parametrize(("rank", "world"), [("foo", "2"), ("0", "0"), ("2", "2"), ("-1", "2"), ("0", "1e3")])
+def test_b030_a_launcher_that_says_odd_things(rank, world, refused, models, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    said = refused("E8001", "--ckpt-dir", models / T2V, *SHORT, "--prompt", "x")
+    assert "Start with torchrun, or unset RANK and WORLD_SIZE." in said
+
+
+def test_b032_more_processes_than_gpus(refused, models, monkeypatch):
+    from wanloom.runtime.machine import Gpu
+
+    monkeypatch.setattr("wanloom.runtime.machine.gpus", lambda: (Gpu(0, "GPU", 2**36, 2**36, (8, 9)),))
+    monkeypatch.setattr("wanloom.cli.supervise.torch_has_gpu_build", lambda: True)
+    said = refused("E8003", "--ckpt-dir", models / T2V, *SHORT, "--prompt", "x", "--gpus", "4")
+    assert "4 processes need 4 GPUs, 1 are here. Start 1, or use --device cpu." in said
+
+
 def test_b031_a_gpu_that_is_not_there(refused, models, monkeypatch):
     monkeypatch.setattr("wanloom.runtime.machine.gpus", lambda: ())
     said = refused("E8002", "--ckpt-dir", models / T2V, *SHORT, "--prompt", "x", "--device", "cuda")

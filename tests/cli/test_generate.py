@@ -77,9 +77,6 @@ def test_the_official_offloading_is_an_option_and_two_number_formats_conflict(ru
 @pytest.mark.parametrize(
     "words",
     [
-        ["--ulysses_size", "2"],
-        ["--t5_fsdp"],
-        ["--dit_fsdp"],
         ["--use_prompt_extend"],
         ["--use-prompt-extend", "true"],
     ],

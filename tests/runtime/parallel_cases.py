@@ -20,7 +20,8 @@ from wanloom.models.config import AnimateConfig, DiTConfig, SpeechConfig
 from wanloom.models.dit import DiT
 from wanloom.models.layers import Block, Scene, Trunk
 from wanloom.runtime.attention import plain, use_kernel
-from wanloom.runtime.parallel import Layout, choose_layout, guided_apart, open_mesh
+from wanloom.runtime.layouts import Layout, choose_layout
+from wanloom.runtime.parallel import guided_apart, open_mesh
 from wanloom.runtime.sequence import Sequenced
 from wanloom.runtime.sharding import shard
 from wanloom.sampling.velocity import guided

@@ -19,7 +19,8 @@ from torch import Tensor
 from wanloom.errors import InputError
 from wanloom.models.layers import Scene
 from wanloom.runtime import sequence
-from wanloom.runtime.parallel import Layout, choose_layout, open_mesh
+from wanloom.runtime.layouts import Layout, choose_layout
+from wanloom.runtime.parallel import open_mesh
 
 # ---------------------------------------------------------------- layouts
 
@@ -60,14 +61,14 @@ def test_sizes_that_are_given_are_kept(given: dict[str, int], want: Layout) -> N
 @pytest.mark.parametrize(
     ("world", "heads", "want_cfg", "given", "code", "said"),
     [
-        (4, 12, False, {"ulysses": 3}, "E5010", "does not make 4 processes"),
-        (4, 12, True, {"ulysses": 8}, "E5010", "guidance 1 x ring 0 x Ulysses 8"),
-        (3, 12, True, {"cfg": 2}, "E5010", "does not make 3"),
-        (8, 12, False, {"ulysses": 8}, "E5011", "Use one of 1, 2, 4"),
-        (4, 12, True, {"cfg": 4}, "E5012", "use 1 or 2"),
-        (4, 12, False, {"cfg": 2}, "E5012", "use 1."),
-        (4, 12, False, {"ring": 0}, "E5010", "ring_size: got 0"),
-        (4, 12, False, {"ring": -2, "ulysses": -2}, "E5010", "from 1 to 4"),
+        (4, 12, False, {"ulysses": 3}, "E2018", "does not make 4 processes"),
+        (4, 12, True, {"ulysses": 8}, "E2018", "guidance 1 x ring 0 x Ulysses 8"),
+        (3, 12, True, {"cfg": 2}, "E2018", "does not make 3"),
+        (8, 12, False, {"ulysses": 8}, "E2018", "Use one of 1, 2, 4"),
+        (4, 12, True, {"cfg": 4}, "E2018", "use 1 or 2"),
+        (4, 12, False, {"cfg": 2}, "E2018", "use 1."),
+        (4, 12, False, {"ring": 0}, "E2018", "ring_size: got 0"),
+        (4, 12, False, {"ring": -2, "ulysses": -2}, "E2018", "from 1 to 4"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(
@@ -131,7 +132,7 @@ def everything_once() -> dict[str, dict[str, dict[str, float]]]:
 def refusals() -> dict[str, dict[str, float]]:
     with pytest.raises(InputError, match="needs 4 processes, 2 were started") as error:
         open_mesh(Layout(2, 1, 2), "cpu")
-    assert error.value.code == "E5010"
+    assert error.value.code == "E2018"
     dit = cases.sequenced(cases.build("short"), Layout(1, 1, 2))
     attention = dit.blocks[0].self_attn
     q = torch.zeros(1, 3, 12, 6, dtype=torch.float64)

@@ -23,6 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from wanloom import pulse
 from wanloom.checkpoint import manifest
 from wanloom.checkpoint.detect import (
     check_audio,
@@ -203,11 +204,13 @@ def load_into(
     *,
     dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
     device: torch.device | str = "cpu",
+    keep: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Fill a module (built on the meta device) with the tensors of a checkpoint, in place.
 
     The module's tensor names may be official (ours) or transformers'; the file's those of any format.  `dtype` is one
     for all, or a function of the module's tensor name; None keeps what is stored (quantised weights become bfloat16).
+    keep: (name, whole tensor) -> the part of it that the module holds (`runtime.sharding.share_of`).
     Errors: E4010 values that are not finite, E4011 SHA-256 mismatch or a file that changed, E4013 / E4007 tensors that
     do not fit the module.  After an error the module is as it was.
     """
@@ -229,7 +232,7 @@ def load_into(
                 if value.nbytes != value.untyped_storage().nbytes():
                     value = value.clone()  # a part of a larger tensor would keep all of it alive
                 require_finite(weights.tensors[official], value)
-                loaded[name] = value
+                loaded[name] = value if keep is None else keep(name, value)
     with torch.no_grad():
         module.load_state_dict(loaded, strict=True, assign=True)
 
@@ -353,6 +356,7 @@ def read_bytes(file: FileIO, entry: Entry, at: int, room: memoryview) -> None:
         if not count:
             raise InputError("E4006", f"{entry.file}: ends inside tensor {entry.name}; it changed while it was read.")
         done += count
+    pulse.beat()
 
 
 def require_digest(entry: Entry, data: memoryview) -> None:

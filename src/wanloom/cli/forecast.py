@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wanloom.cli.console import time_text
 from wanloom.cli.room import Basis, dtype_of, kind_of
+from wanloom.cli.several import ALONE, Several
 from wanloom.estimate import estimate, learned, works
 from wanloom.placement import MemoryPlan
 from wanloom.plan import Plan
@@ -42,14 +43,16 @@ class Forecast:
 
 
 def forecast(
-    request: Request, plan: Plan, variant: Variant, memory: MemoryPlan, basis: Basis, *, on_gpu: bool
-) -> Forecast:
-    """Seconds of each stage of a run that is placed so."""
+    request: Request, plan: Plan, variant: Variant, memory: MemoryPlan, basis: Basis, *, on_gpu: bool,
+    several: Several = ALONE,
+) -> Forecast:  # fmt: skip
+    """Seconds of each stage of a run that is placed so; processes are taken to divide the transformer's evenly."""
     work = works(plan, variant, dtype_of(request, on_gpu=on_gpu), num=request.num)
     raw = {stage: estimate(one, basis.rates) for stage, one in work.items()}
+    raw["denoise"] /= several.world if on_gpu else 1  # on a CPU they share its cores
     for part, seconds in memory.waits.items():
         raw[STAGE_OF[part]] = raw.get(STAGE_OF[part], 0.0) + seconds
-    kind = kind_of(request, variant, on_gpu=on_gpu)
+    kind = kind_of(request, variant, on_gpu=on_gpu, several=several)
     found = {stage: learned(basis.seen, stage, kind, seconds) for stage, seconds in raw.items()}
     corrected = {stage: seconds * found[stage][0] for stage, seconds in raw.items()}
     return Forecast(raw, corrected, max(runs for _, runs in found.values()), basis.rates.measured)

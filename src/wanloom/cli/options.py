@@ -17,6 +17,8 @@ from wanloom.request import OPTIONS, UNAVAILABLE, Option, Request, check_unavail
 DEFAULT_TASK = "t2v-A14B"  # the official command's default
 SECTIONS = {"video": "The video", "model": "The checkpoint", "run": "The run"}
 
+WORDS = "wanloom.words"  # in click's context: what was typed behind the command's name
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -24,6 +26,7 @@ class Command(click.Command):
     """A click command that refuses a single option given twice, and lists its options by section in `--help`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
         order: list[click.Parameter] = self.make_parser(ctx).parse_args(args=list(args))[2]
         for option in order:
             if isinstance(option, click.Option) and order.count(option) > 1:
@@ -69,10 +72,13 @@ def request_options(names: Iterable[str] | None = None) -> Callable[[Function], 
 
     def decorate(function: Function) -> Function:
         made: list[click.Option] = [RequestOption(option) for option in chosen]
+        parameters: list[click.Parameter] = getattr(function, "__click_params__", [])
+        taken = {parameter.name for parameter in parameters}
         for refused in UNAVAILABLE:
+            if _field_of(refused.flags[0]) in taken:  # this command has it
+                continue
             extra: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if refused.switch else {}
             made.append(click.Option([*refused.flags, _field_of(refused.flags[0])], type=str, hidden=True, **extra))
-        parameters: list[click.Parameter] = getattr(function, "__click_params__", [])
         function.__click_params__ = [*reversed(made), *parameters]  # type: ignore[attr-defined]  # click's own list
         return function
 

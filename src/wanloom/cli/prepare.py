@@ -22,11 +22,13 @@ from wanloom.checkpoint.lora import relighting_file
 from wanloom.cli.forecast import Forecast, forecast
 from wanloom.cli.options import DEFAULT_TASK, typed_values
 from wanloom.cli.room import Basis, basis_of, check_machine, check_room, place_of, runs_on_gpu, what_is_free
+from wanloom.cli.several import ALONE, Several
 from wanloom.durable import free_name, sha256_file
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.placement import MemoryPlan
 from wanloom.plan import Input, Plan, check_request, differences, make_plan, request_like
 from wanloom.request import OPTIONS, ROLES, Request, request_from_text
+from wanloom.runtime.layouts import Layout
 from wanloom.variants import VARIANTS, Variant, variant_for
 
 PARTS = ("ckpt_dir", "dit", "dit_high", "dit_low", "vae", "text_encoder", "tokenizer", "clip", "audio_encoder")
@@ -47,13 +49,17 @@ class Prepared:
     resume: Path | None
     time: Forecast
     basis: Basis
+    several: Several
+    layout: Layout
 
     @property
     def need(self) -> budget.Need:
         return self.memory.need
 
 
-def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool) -> Prepared:
+def prepare(
+    params: Mapping[str, Any], *, like: Path | None, resume: Path | None, dry_run: bool, several: Several = ALONE
+) -> Prepared:
     """Check a command line against itself, the model, the pictures and the machine; see the module."""
     from wanloom.inputs import facts, read_inputs, with_folder  # here: `--help` needs no numpy
     from wanloom.speaking import check_speaker
@@ -74,6 +80,8 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
     variant = survey(variant, files)
     relighting_file(request, files)
     plan = make_plan(request, variant, inputs=inputs)
+    on_gpu = runs_on_gpu(request)
+    layout = several.layout(request, variant, plan, on_gpu=on_gpu)
     outputs = output_files(request, plan) if resume is None else _outputs_of(resume, typed)
     if request.tts_text is not None:
         request = _spoken(request, outputs)
@@ -84,15 +92,16 @@ def prepare(params: Mapping[str, Any], *, like: Path | None, resume: Path | None
         warnings.warn(WanloomWarning(note), stacklevel=2)
     if demo_name is not None and not plan.in_clips:
         _warn_of_unknown_words(plan.prompt)
-    on_gpu = runs_on_gpu(request)
-    have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu)
+    have = what_is_free(request, outputs[0].parent, on_gpu=on_gpu, processes=several.local)
     basis = basis_of(request, on_gpu=on_gpu)
-    memory = place_of(request, plan, variant, have, basis, on_gpu=on_gpu, files=files)
-    expected = forecast(request, plan, variant, memory, basis, on_gpu=on_gpu)
+    memory = place_of(request, plan, variant, have, basis, on_gpu=on_gpu, files=files, several=several)
+    expected = forecast(request, plan, variant, memory, basis, on_gpu=on_gpu, several=several)
     if not dry_run:
         check_outputs(outputs, plan, memory.need, overwrite=request.overwrite or resume is not None)
         check_room(memory.need, have)
-    return Prepared(request, variant, files, plan, outputs, memory, have, demo_name, resume, expected, basis)
+    return Prepared(
+        request, variant, files, plan, outputs, memory, have, demo_name, resume, expected, basis, several, layout
+    )
 
 
 # --- the request ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.stored import stored_bytes
 from wanloom.cli.console import bytes_text
 from wanloom.cli.doctor import torch_has_gpu_build
+from wanloom.cli.several import ALONE, Several
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.estimate import Seen, learned_bytes
 from wanloom.placement import MemoryPlan, Room, Wishes, arrange, costs_of
@@ -109,23 +110,24 @@ def device_of(request: Request, *, on_gpu: bool) -> str:
     return f"cuda:{_index(request)}" if on_gpu else "cpu"
 
 
-def kind_of(request: Request, variant: Variant, *, on_gpu: bool) -> str:
+def kind_of(request: Request, variant: Variant, *, on_gpu: bool, several: Several = ALONE) -> str:
     """Model and switches: runs that agree in them are alike."""
     switches = (
         request.attention, request.quantise, request.cache, request.guidance_mode,
         "compile" if request.compile else None, "fused" if request.fused else None, request.vae_dtype,
-        "preview" if request.preview else None,
+        "preview" if request.preview else None, None if several.alone else f"{several.world} processes",
     )  # fmt: skip
     return " ".join((variant.name, dtype_of(request, on_gpu=on_gpu), *(word for word in switches if word)))
 
 
 def place_of(
     request: Request, plan: Plan, variant: Variant, have: budget.Have, basis: Basis, *, on_gpu: bool,
-    files: Files | None = None,
+    files: Files | None = None, several: Several = ALONE,
 ) -> MemoryPlan:  # fmt: skip
     """Where the parts are during a run, by what was asked for, what is free, and what such runs took beyond plans.
 
-    files: the model's, where they are known: what they have in few bits stays so.
+    files: the model's, where they are known: what they have in few bits stays so.  several: the processes of the run,
+    each of which has the parts so; their blocks come and go only where that was asked for.
     """
     dtype = dtype_of(request, on_gpu=on_gpu)
     plain = request.quantise is not None or request.resident_blocks is not None
@@ -133,24 +135,28 @@ def place_of(
     costs = costs_of(
         plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
         changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
-        stored=stored, vae_dtype=request.vae_dtype or "float32",
+        stored=stored, vae_dtype=request.vae_dtype or "float32", held=several.held(variant, dtype),
+        unstreamed=() if several.alone else ("text", *(["dit"] if request.resident_blocks is None else [])),
     )  # fmt: skip
     wishes = Wishes(resident_blocks=request.resident_blocks, offload=request.offload_model, t5_cpu=request.t5_cpu)
     found = arrange(costs, Room((have.gpu or 0) if on_gpu else None, have.host), wishes)
-    more = learned_bytes(basis.seen, kind_of(request, variant, on_gpu=on_gpu), found.need.host)
+    more = learned_bytes(basis.seen, kind_of(request, variant, on_gpu=on_gpu, several=several), found.need.host)
     if more and not on_gpu:
         found = arrange(replace(costs, beside=costs.beside + more), Room(None, have.host), wishes)
     return found
 
 
-def what_is_free(request: Request, folder: Path, *, on_gpu: bool) -> budget.Have:
-    """Free bytes of disk, memory and the GPU that would be used; what cannot be known counts as enough."""
+def what_is_free(request: Request, folder: Path, *, on_gpu: bool, processes: int = 1) -> budget.Have:
+    """Free bytes of disk, memory and the GPU that would be used; what cannot be known counts as enough.
+
+    processes: how many share the memory of this machine; one has its part.
+    """
     memory = machine.memory()
     graphics = machine.gpus() if on_gpu else ()
     index = _index(request)
     return budget.Have(
         disk=machine.disk_free(folder),
-        host=memory[1] if memory else PLENTY,
+        host=(memory[1] if memory else PLENTY) // processes,
         gpu=graphics[index].free if index < len(graphics) else None,
     )
 

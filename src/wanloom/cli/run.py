@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanloom import demo, records
 from wanloom.cli.console import bytes_text, say, time_text
@@ -20,6 +21,7 @@ from wanloom.rates import device_key
 from wanloom.records import Meter, Record
 
 if TYPE_CHECKING:
+    from wanloom.cli.crew import Lead
     from wanloom.pipeline import Pipeline, Stream
     from wanloom.results import Event, Result
 
@@ -32,27 +34,38 @@ def make(run: Prepared) -> Result:
     started = time.monotonic()
     for line in opening(run):
         say(line)
-    request, pipe = run.request, pipeline_of(run)
-    with open_view() as view:
-        # A continued run knows its files itself; naming them again could only contradict it.
-        meter = Meter()
-        stream = pipe.stream(request, out=None if run.resume else run.outputs, resume=run.resume)
-        result = follow(stream, view, meter.hear)
+    meter = Meter()
+    with _company(run) as leading:
+        pipe = pipeline_of(run, leading)
+        with open_view() as view:
+            # A continued run knows its files itself; naming them again could only contradict it.
+            outputs = None if run.resume else run.outputs
+            result = follow(pipe.stream(run.request, out=outputs, resume=run.resume), view, meter.hear)
     remember(run, result, meter)
     for line in closing(result, time.monotonic() - started):
         say(line)
     return result
 
 
-def pipeline_of(run: Prepared) -> Pipeline:
-    """The pipeline that a prepared run asks for."""
+def _company(run: Prepared) -> AbstractContextManager[Lead | None]:
+    """The other processes of a run of several; a run alone has nobody."""
+    if run.several.alone:
+        return nullcontext()
+    from wanloom.cli.crew import lead
+
+    return lead(run)
+
+
+def pipeline_of(run: Prepared, leading: Lead | None = None) -> Pipeline:
+    """The pipeline that a prepared run asks for; of the first of several processes."""
     from wanloom.pipeline import Pipeline
 
     request = run.request
-    return Pipeline(
+    make: dict[str, Any] = {} if leading is None else {"make_parts": leading.make_parts}
+    pipe = Pipeline(
         run.variant,
         run.files,
-        device=request.device,
+        device=request.device if leading is None else leading.device,
         dtype=request.dtype or ("bfloat16" if request.convert_model_dtype else None),
         text_device="cpu" if request.t5_cpu else None,
         attention=request.attention,
@@ -63,7 +76,11 @@ def pipeline_of(run: Prepared) -> Pipeline:
         vae_dtype=request.vae_dtype,
         offload=request.offload_model,
         memory=run.memory,
+        **make,
     )
+    if leading is not None:
+        leading.pipe = pipe
+    return pipe
 
 
 def remember(run: Prepared, result: Result, meter: Meter) -> None:
@@ -71,8 +88,9 @@ def remember(run: Prepared, result: Result, meter: Meter) -> None:
     if result.began_at:
         return
     on_gpu = bool(run.need.gpu)
+    kind = kind_of(run.request, run.variant, on_gpu=on_gpu, several=run.several)
     record = Record(
-        kind=kind_of(run.request, run.variant, on_gpu=on_gpu), estimated=run.time.raw, seconds=meter.seconds,
+        kind=kind, estimated=run.time.raw, seconds=meter.seconds,
         need=run.need.host, peak=result.peak_host_bytes, need_gpu=run.need.gpu, peak_gpu=result.peak_gpu_bytes or 0,
     )  # fmt: skip
     records.keep(record, device_key(device_of(run.request, on_gpu=on_gpu)), run.basis.rates)
@@ -128,6 +146,8 @@ def opening(run: Prepared) -> list[str]:
     room = f"about {bytes_text(need)} {place}, {bytes_text(free or 0)} free"
     room += f"; {run.memory.words(run.variant.dit.layers)}; {run.time.words()}"
     lines.append(f"plan: {run.variant.name} {headline(run.plan)}, seed {run.plan.seed}{many}; {room}")
+    if not run.several.alone:
+        lines.append(f"{run.layout.world} processes: {run.layout}")
     return lines
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from wanloom import pulse
 from wanloom.models.layers import Attention, CrossAttention, Kernel, Scene, Trunk
 from wanloom.models.numerics import wide
 from wanloom.runtime.parallel import gather, swap
@@ -96,6 +97,7 @@ class _Exchanged:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         share = self.share
+        pulse.beat()
         if mask is not None:
             raise ValueError("self-attention with a mask cannot be cut among processes: run it on one")
         if q.shape[1] != share.each:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wanloom.models.layers import Block
@@ -59,3 +59,8 @@ def share_of(module: nn.Module) -> Callable[[str, Tensor], Tensor]:
         )
 
     return keep
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether the weights of a module are cut among processes."""
+    return isinstance(module, FSDPModule)
