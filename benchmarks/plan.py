@@ -36,6 +36,16 @@ def memory_now(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key))
 
 
+def import_all() -> None:
+    """What a run imports on its way, so that neither its memory nor its time counts."""
+    import av
+    import ftfy
+    import tokenizers
+    from transformers import UMT5EncoderModel
+
+    assert all((av, ftfy, tokenizers, UMT5EncoderModel))
+
+
 def asked(shape: str, args: argparse.Namespace) -> Any:
     """The request of a shape."""
     from wanloom.request import Request
@@ -50,16 +60,16 @@ def asked(shape: str, args: argparse.Namespace) -> Any:
 
 def measure(shape: str, args: argparse.Namespace, *, keep: bool) -> dict[str, Any]:
     """Plan a shape, run it in this process, and say both."""
-    import wanloom.pipeline
-    from wanloom import records
+    from wanloom import budget, pipeline, records
     from wanloom.cli.forecast import forecast
     from wanloom.cli.room import basis_of, kind_of, place_of, what_is_free
     from wanloom.rates import device_key
     from wanloom.records import Meter, Record
 
+    import_all()
     before = memory_now("VmRSS")
     request = asked(shape, args)
-    pipe = wanloom.pipeline.load(args.ckpt_dir or args.model, task=args.model, device="cpu", dtype=args.dtype)
+    pipe = pipeline.load(args.ckpt_dir or args.model, task=args.model, device="cpu", dtype=args.dtype)
     order = pipe.prepare(request)
     basis = basis_of(request, on_gpu=False)
     have = what_is_free(request, Path(), on_gpu=False)
@@ -77,7 +87,7 @@ def measure(shape: str, args: argparse.Namespace, *, keep: bool) -> dict[str, An
         )  # fmt: skip
         records.keep(record, device_key("cpu"), basis.rates)
     return {
-        "shape": shape, "planned_bytes": pipe.memory.need.host - wanloom.pipeline.budget.HOST_BASE,
+        "shape": shape, "planned_bytes": pipe.memory.need.host - budget.HOST_BASE,
         "measured_bytes": memory_now("VmHWM") - before, "planned_seconds": said.total, "measured_seconds": seconds,
         "stages": {name: [said.seconds.get(name, 0.0), took] for name, took in meter.seconds.items()},
         "runs": said.runs, "calibrated": said.measured,
