@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1] / "src" / "wanloom"
 FLOORS = (
     ("errors", "durable", "store"),
     ("models", "sampling", "request"),
-    ("variants", "budget", "encoders", "runtime", "checkpoint", "media", "demo"),
+    ("variants", "budget", "vae_cost", "encoders", "runtime", "checkpoint", "media", "demo"),
     ("clips", "sizes", "plan", "inputs", "speaking", "parts", "jobs", "prompts", "preview", "preprocess"),
-    ("conditioning", "results", "outputs", "work", "shortcuts"),
+    ("conditioning", "results", "outputs", "work", "shortcuts", "ladder"),
     ("pipeline",),
     ("calibrate", "train", "server"),
     ("cli", "__init__", "__main__"),

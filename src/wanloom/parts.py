@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanloom.budget import check_blocks, part_bytes
+from wanloom.budget import check_blocks, check_rows, part_bytes
 from wanloom.checkpoint.blocks import load_streamed
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.load import load_into
@@ -38,7 +38,9 @@ from wanloom.runtime.attention import capability_of, kernel_for, use_kernel
 from wanloom.runtime.compile import compile_blocks
 from wanloom.runtime.kernels import require_compiler, require_method
 from wanloom.runtime.quant import quantise
+from wanloom.runtime.rows import use_rows
 from wanloom.runtime.streaming import Fill, HostBlocks, Streamed
+from wanloom.runtime.stripes import stripe
 from wanloom.variants import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,10 +57,11 @@ class Parts:
     quantise: how transformers and text encoder keep their weights, a name of `runtime.quant.METHODS`; None: as their
     files do (what is there in 8 bits or in GGUF's blocks stays so, which gives the bits that widening it gives).
     resident_blocks: how many blocks of a transformer stay in memory while the others come and go; None: all.
-    resident: whether parts stay loaded after use; None decides by size.
+    row_chunks: how many tokens a block works on at a time; vae_rows: of how many rows of pixels the VAE's stripes are;
+    None: all.  resident: whether parts stay loaded after use; None decides by size.
 
     Errors: E2038, E8007 an attention kernel that is not known or not here, E2039, E8009 the same of a way to quantise,
-    E2040 blocks that cannot come and go, E8008 no compiler.
+    E2040 blocks that cannot come and go, E2055 numbers of rows that cannot be, E8008 no compiler.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Parts:
         compile: bool = False,
         quantise: str | None = None,
         resident_blocks: int | None = None,
+        row_chunks: int | None = None,
+        vae_rows: int | None = None,
         resident: bool | None = None,
     ) -> None:
         self.variant, self.files = variant, files
@@ -85,7 +90,9 @@ class Parts:
         self.resident_blocks = check_blocks(
             resident_blocks, changed=None if quantise is None else "quantise", on_gpu=device != "cpu"
         )
+        self.row_chunks, self.vae_rows = check_rows("row-chunks", row_chunks), check_rows("vae-rows", vae_rows)
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
+        self.vae_device = device  # the CPU when nothing else is left: see `Ladder`
         self.resident = self._small() if resident is None else resident
         self.lora: Path | None = None
         self._loaded: dict[tuple[str, str | None], nn.Module] = {}
@@ -109,6 +116,10 @@ class Parts:
             names["compile"] = "blocks"
         if self.quantise is not None:
             names["weights"] = self.quantise
+        if self.row_chunks is not None:
+            names["row chunks"] = str(self.row_chunks)
+        if self.vae_rows is not None:
+            names["vae rows"] = str(self.vae_rows)
         return names
 
     @contextmanager
@@ -141,6 +152,16 @@ class Parts:
         for key in [key for key in self._loaded if key[0] == "dit"]:
             release(self._loaded.pop(key))
 
+    def stream(self) -> bool:
+        """Let the blocks of transformers that are loaded from now on come and go, all of them.
+
+        False when they do already, or cannot (`check_blocks`).
+        """
+        if self.resident_blocks == 0 or (self.device == "cpu" and (self.quantise or self.lora)):
+            return False
+        self.resident_blocks = 0
+        return True
+
     def release(self) -> None:
         """Let go of everything that stayed loaded."""
         while self._loaded:
@@ -169,7 +190,7 @@ class Parts:
         with torch.device("meta"):
             module = BUILD[part](self.variant)
         dtype = torch.float32 if part in WIDE else DTYPES[self.dtype]
-        device = self.text_device if part == "text" else self.device
+        device = {"text": self.text_device, "vae": self.vae_device}.get(part, self.device)
         weights = open_weights(path, kind=part)
         if part == "dit":
             self._fill_dit(module, weights, dtype)
@@ -177,6 +198,8 @@ class Parts:
             load_packed(module, weights, dtype=dtype, device=device, how=self.quantise)
         else:
             load_into(module, weights, dtype=dtype, device=device)
+        if isinstance(module, CausalVae) and self.vae_rows is not None:
+            stripe(module, self.vae_rows, aside=None if device == "cpu" else "cpu")
         return module.eval().requires_grad_(False)
 
     def _fill_dit(self, dit: Any, weights: Weights, dtype: torch.dtype) -> None:
@@ -199,6 +222,8 @@ class Parts:
         if source is not None:
             dit.trunk = Streamed(dit.trunk, source, self.device, resident=self.resident_blocks or 0)
         use_kernel(dit, self.kernel)
+        if self.row_chunks is not None:
+            use_rows(dit, self.row_chunks)
         if self.compile:
             compile_blocks(dit.blocks)
 

@@ -24,8 +24,13 @@ from wanloom.plan import Plan, make_plan
 from wanloom.request import Request
 from wanloom.variants import VARIANTS, Variant, variant_for
 
-# Ways to keep a transformer in less memory: as it is, in the memory of two blocks (the same bits), in 8 bits.
-KEEPS: tuple[dict[str, Any], ...] = ({}, {"resident_blocks": 0}, {"quantise": "int8"})
+# Ways to less memory: as it is, in the memory of two blocks (the same bits), in pieces too (to rounding), in 8 bits.
+KEEPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"resident_blocks": 0},
+    {"resident_blocks": 0, "row_chunks": 4096, "vae_rows": 64},
+    {"quantise": "int8"},
+)
 RESOURCES = {"disk": "disk", "host": "memory", "gpu": "GPU"}
 
 

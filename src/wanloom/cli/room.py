@@ -22,7 +22,7 @@ def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
     Errors: E8002 a GPU, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products, E8008 a compiler,
-    E2040 blocks that cannot come and go.
+    E2040 blocks that cannot come and go, E2055 numbers of rows that cannot be.
     """
     _check_gpu(request)
     on_gpu = runs_on_gpu(request)
@@ -34,6 +34,8 @@ def check_machine(request: Request) -> None:
     lora = "a LoRA" if request.use_relighting_lora else None
     changed = "quantise" if request.quantise is not None else lora
     budget.check_blocks(request.resident_blocks, changed=changed, on_gpu=on_gpu)
+    budget.check_rows("row-chunks", request.row_chunks)
+    budget.check_rows("vae-rows", request.vae_rows)
     if request.compile:
         require_compiler(on_gpu=on_gpu)
 
@@ -74,7 +76,8 @@ def need_of(request: Request, plan: Plan, variant: Variant, *, on_gpu: bool) -> 
     """What a run takes the way it was asked for."""
     return budget.need(
         plan, variant, dtype_of(request, on_gpu=on_gpu), on_gpu=on_gpu, t5_cpu=request.t5_cpu,
-        quantise=request.quantise, resident_blocks=request.resident_blocks,
+        quantise=request.quantise, resident_blocks=request.resident_blocks, row_chunks=request.row_chunks,
+        vae_rows=request.vae_rows,
     )  # fmt: skip
 
 

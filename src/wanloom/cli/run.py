@@ -52,6 +52,8 @@ def pipeline_of(run: Prepared) -> Pipeline:
         compile=request.compile,
         quantise=request.quantise,
         resident_blocks=request.resident_blocks,
+        row_chunks=request.row_chunks,
+        vae_rows=request.vae_rows,
     )
 
 

@@ -12,7 +12,8 @@ At the border of the frame a stripe ends as the frame does, with the convolution
 The price: the rows at the cuts are computed twice, about 8 above and below each stripe.  Between two sections the whole
 tensor is there, at a place where it is small.
 
-The past of the stream: each stripe has its own tails, which lie on the one tape in the order of the stripes.
+The past of the stream: each stripe has its own tails, which lie on the one tape in the order of the stripes; what a
+stripe needs of its neighbours' past it takes from theirs.
 """
 
 from __future__ import annotations
@@ -81,36 +82,100 @@ def has(kind: type[Layer], layers: Iterable[Layer]) -> bool:
     return any(isinstance(part, kind) for layer in layers for part in parts_of(layer))
 
 
+def tails(layer: Layer) -> int:
+    """How many tails a layer pulls and pushes."""
+    if isinstance(layer, Up | Down):
+        return 0 if layer.time_conv is None else 1
+    return 2 if isinstance(layer, ResidualBlock) else 1
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """Rows begin to end - 1 of a frame, and those from top to bottom - 1 that it is made from."""
+
+    begin: int
+    end: int
+    top: int
+    bottom: int
+
+
+class StripeTape(Tape):
+    """The tape of one stripe, cut out of those of all.
+
+    On the tape of the whole, a tail has the rows of its stripe and no more.  `old` holds those of the last call, for
+    each stripe in the order of the layers; those of the neighbours are needed for the rows above and below.
+    """
+
+    def __init__(
+        self, tape: Tape, stripes: Sequence[Stripe], number: int, old: Sequence[Sequence[Tensor]],
+        here: Device, there: Device,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.first = tape.first
+        self._tape, self._stripes, self._own, self._tails = tape, stripes, stripes[number], old
+        self._here, self._there = here, there
+        self._layer = 0
+
+    def pull(self) -> Tensor | None:
+        if self.first:
+            return None
+        pieces = []
+        for stripe, old in zip(self._stripes, self._tails, strict=True):
+            begin, end = max(stripe.begin, self._own.top), min(stripe.end, self._own.bottom)
+            if begin < end:
+                tail = old[self._layer]
+                each = stripe.end - stripe.begin
+                rows = [(row - stripe.begin) * tail.shape[2] // each for row in (begin, end)]
+                pieces.append(tail[:, :, rows[0] : rows[1]])
+        self._layer += 1
+        return torch.cat(pieces, 2).to(self._here)
+
+    def push(self, x: Tensor, frames: int) -> None:
+        own, each = self._own, self._own.bottom - self._own.top
+        first, last = ((row - own.top) * x.shape[2] // each for row in (own.begin, own.end))
+        self._tape.push(x[:, x.shape[1] - frames :, first:last].to(self._there), frames)
+
+
 class Section:
-    """Some layers that doubles (`up` 2) or halves (`down` 2) the rows once, or not at all."""
+    """Some layers that double (`up` 2) or halve (`down` 2) the rows once, or not at all."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = tuple(layers)
         self.up = 2 if has(Up, layers) else 1
         self.down = 2 if has(Down, layers) else 1
+        parts = [part for layer in layers for part in parts_of(layer)]
+        self.tails = sum(tails(part) for part in parts)
         halo = 0
-        for part in reversed([part for layer in layers for part in parts_of(layer)]):
+        for part in reversed(parts):
             halo = needed(part, halo)
         self.halo = -(-halo // self.down) * self.down  # a stripe begins where a pair of rows does
 
-    def __call__(self, x: Tensor, tape: Tape, rows: int) -> Tensor:
-        """x [B, T, H, W, C] in stripes of at most `rows` rows where there are most of them."""
-        height = x.shape[2]
-        step = max(self.down, rows // (self.up * self.down) * self.down)
-        if step >= height:
-            return run(cast(Iterable[nn.Module], self.layers), x, tape)
+    def __call__(self, x: Tensor, tape: Tape, rows: int, aside: Device | None = None) -> Tensor:
+        """x [B, T, H, W, C] in stripes of at most `rows` rows where there are most of them; tails wait `aside`."""
+        stripes = self._stripes(x.shape[2], rows)
+        old = [] if tape.first else [[cast(Tensor, tape.pull()) for _ in range(self.tails)] for _ in stripes]
         out: Tensor | None = None
-        for begin in range(0, height, step):
-            end = min(begin + step, height)
-            top, bottom = max(0, begin - self.halo), min(height, end + self.halo)
-            stripe = x[:, :, top:bottom].contiguous()
-            y = run(cast(Iterable[nn.Module], self.layers), stripe, tape)
+        for number, cut in enumerate(stripes):
+            own = StripeTape(tape, stripes, number, old, x.device, aside or x.device)
+            stripe = x[:, :, cut.top : cut.bottom].contiguous()
+            y = run(cast(Iterable[nn.Module], self.layers), stripe, own)
             if out is None:
-                out = y.new_empty(*y.shape[:2], self._out(height), *y.shape[3:])
-            first, last = self._out(begin), self._out(end)
-            out[:, :, first:last] = y[:, :, first - self._out(top) : last - self._out(top)]
+                out = y.new_empty(*y.shape[:2], self._out(x.shape[2]), *y.shape[3:])
+            first, last = self._out(cut.begin), self._out(cut.end)
+            out[:, :, first:last] = y[:, :, first - self._out(cut.top) : last - self._out(cut.top)]
+            for stripe_before, tails_before in zip(stripes, old, strict=False):
+                if stripe_before.end <= cut.end - self.halo:  # no stripe to come reaches as far up
+                    tails_before.clear()
         assert out is not None
         return out
+
+    def _stripes(self, height: int, rows: int) -> list[Stripe]:
+        step = max(self.down, rows // (self.up * self.down) * self.down)
+        ends = [min(begin + step, height) for begin in range(0, height, step)]
+        return [
+            Stripe(begin, end, max(0, begin - self.halo), min(height, end + self.halo))
+            for begin, end in zip(range(0, height, step), ends, strict=True)
+        ]
 
     def _out(self, row: int) -> int:
         """The row of the output at this row of the input."""
@@ -129,22 +194,6 @@ def sections(layers: Iterable[Layer]) -> list[Section]:
     return [Section(group) for group in groups if group]
 
 
-class Aside(Tape):
-    """Another tape whose tails wait elsewhere: they are copied `there` when pushed, and `here` when pulled."""
-
-    def __init__(self, tape: Tape, here: Device, there: Device) -> None:
-        super().__init__()
-        self.first = tape.first
-        self._tape, self._here, self._there = tape, here, there
-
-    def pull(self) -> Tensor | None:
-        tail = self._tape.pull()
-        return None if tail is None else tail.to(self._here)
-
-    def push(self, x: Tensor, frames: int) -> None:
-        self._tape.push(x[:, x.shape[1] - frames :].to(self._there), frames)
-
-
 class StripedDecoder(nn.Module):
     """Stands in for `CausalVae.decoder`.  rows: of its output; aside: where tails wait (None: where they are made)."""
 
@@ -154,10 +203,9 @@ class StripedDecoder(nn.Module):
         self.late = sections([*cast(Iterable[Layer], decoder.upsamples), decoder.head])
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        tape = tape if self.aside is None else Aside(tape, x.device, self.aside)
         x = run(self.whole.middle, conv3d(extend(x, 2, tape), self.whole.conv1), tape)
         for section in self.late:
-            x = section(x, tape, self.rows)
+            x = section(x, tape, self.rows, self.aside)
         return x
 
 
@@ -170,9 +218,8 @@ class StripedEncoder(nn.Module):
         self.early = sections([Stem(encoder.conv1), *cast(Iterable[Layer], encoder.downsamples)])
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        tape = tape if self.aside is None else Aside(tape, x.device, self.aside)
         for section in self.early:
-            x = section(x, tape, self.rows)
+            x = section(x, tape, self.rows, self.aside)
         return cast(Tensor, self.whole.head(run(self.whole.middle, x, tape), tape))
 
 
