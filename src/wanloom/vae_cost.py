@@ -120,9 +120,6 @@ def _latents(config: VaeConfig, frames: int) -> int:
     return (frames - 1) // config.stride[0] + 1
 
 
-HALO = 32  # rows of pixels that a stripe has beside its own at most, both sides together
-
-
 def vae_activations(
     config: VaeConfig, size: tuple[int, int], *, decode: bool, rows: int | None = None, aside: bool = False
 ) -> int:
@@ -131,21 +128,43 @@ def vae_activations(
     A piece of the stream is one latent.  What is remembered is replaced layer by layer.  A layer at work holds its
     input and the same with the past before it, its output, and that twice more in the convolution's own layout.
 
-    rows: rows of pixels in a stripe.  A layer then works on those and their neighbours, and the two largest tensors
-    between sections are there as a whole; aside: what is remembered waits elsewhere.
+    rows: rows of pixels in a stripe (`_striped`); aside: what is remembered waits elsewhere then.
     """
     layers = _of_a_piece(config, size, decode=decode)
-    past = 0 if aside and rows is not None else remembered(config, size, decode=decode)
-    share = 1.0 if rows is None else min(1.0, (rows + HALO) / size[1])
+    past = remembered(config, size, decode=decode)
+    if rows is not None and rows < size[1]:
+        return (0 if aside else past) + _striped(config, layers, size, rows, decode=decode)
+    return past + 4 * max(layer.pixels * _at_work(layer) for layer in layers if layer.taps != RESAMPLING)
+
+
+def _at_work(layer: Layer) -> int:
+    """Values of a layer at work for each of its positions; RESAMPLING ones are never the widest, for what they read or
+    write is held by the layer beside them as well."""
+    frames = max(1, layer.frames - 1)
+    return layer.inputs * (2 * frames + layer.past) + 3 * layer.outputs * frames
+
+
+def _striped(config: VaeConfig, layers: list[Layer], size: tuple[int, int], rows: int, *, decode: bool) -> int:
+    """Bytes at work in stripes of `rows` rows of pixels, measured within a quarter for both VAEs.
+
+    A stripe has up to 8 rows above and below it, and 20 in the decoder of Wan2.2; beside the layer at work there are
+    the stripe that came in and the one that went out before.  Between two sections the tensor is whole: what a doubling
+    layer was given (twice that in Wan2.2, whose stages halve the channels before it), what a halving layer made; and
+    half as much again of the next.
+    """
+    inner, halo = rows // config.patch, 40 if decode and config.residual else 16
     widest = between = 0.0
     for layer in layers:
         frames = max(1, layer.frames - 1)
-        values = layer.inputs * (2 * frames + layer.past) + 3 * layer.outputs * frames
-        if layer.taps == RESAMPLING:  # never the widest: what they read or write, the layer beside them holds as well
-            between = max(between, layer.pixels * max(layer.inputs / 4, layer.outputs) * frames)
+        if layer.taps == RESAMPLING:
+            given = layer.inputs / 4 * (2 if config.residual else 1)
+            between = max(between, layer.pixels * (given if decode else layer.outputs) * frames)
         else:
+            height = size[1] / config.patch * (layer.pixels * config.patch**2 / (size[0] * size[1])) ** 0.5
+            share = min(1.0, (inner + halo) / height)
+            values = _at_work(layer) + (layer.inputs + layer.outputs) * frames
             widest = max(widest, layer.pixels * values * share)
-    return past + int(4 * (widest + (2 * between if share < 1 else 0)))
+    return int(4 * (widest + 1.5 * between))
 
 
 def remembered(config: VaeConfig, size: tuple[int, int], *, decode: bool) -> int:
