@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clip_files import three_clips
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.jobs import Memory
 from wanloom.ladder import Ladder, out_of_memory
@@ -81,8 +82,8 @@ def test_denoising_goes_on_with_streamed_blocks_to_the_same_bits(
     streamed: list[bool] = []
     made = fault(monkeypatch, DiT, {strike})
     right = made.right
-    made.right = lambda dit, *given, **named: streamed.append(isinstance(dit.trunk, Streamed)) or right(
-        dit, *given, **named
+    made.right = lambda dit, *given, **named: (
+        streamed.append(isinstance(dit.trunk, Streamed)) or right(dit, *given, **named)
     )
     result, said = run_with_warnings(pipe, request())
     assert torch.equal(result.videos[0].tensor, whole.tensor)
@@ -92,9 +93,7 @@ def test_denoising_goes_on_with_streamed_blocks_to_the_same_bits(
     assert pipe.parts.resident_blocks is None  # the next run begins at the top
 
 
-def test_denoising_with_a_cache_goes_on_to_the_same_bits(
-    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_denoising_with_a_cache_goes_on_to_the_same_bits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(cache="easycache", cache_threshold=0.5, steps=8)
     want = pipe.run(asked).videos[0]
     made = fault(monkeypatch, Block, {13})
@@ -103,9 +102,7 @@ def test_denoising_with_a_cache_goes_on_to_the_same_bits(
     assert made.calls > 14
 
 
-def test_memory_that_runs_out_again_is_an_error_with_a_way_out(
-    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_again_is_an_error_with_a_way_out(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch, DiT, {1, 2})
     with pytest.warns(WanloomWarning, match="W5007"), pytest.raises(InputError, match="--row-chunks") as caught:
         pipe.run(request())
@@ -184,9 +181,7 @@ def test_the_last_step_is_the_cpu_and_the_parts_are_put_back() -> None:
     assert (parts.vae_rows, parts.vae_device) == (None, "cuda") and parts.released == 4
 
 
-def test_other_errors_pass_and_memory_is_known_by_its_errors(
-    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_pass_and_memory_is_known_by_its_errors(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     assert out_of_memory(MemoryError()) and out_of_memory(torch.cuda.OutOfMemoryError("x"))
     assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
     assert not out_of_memory(RuntimeError("shapes do not fit")) and not out_of_memory(None)
@@ -207,3 +202,15 @@ def test_elsewhere_it_is_said_in_one_line(pipe: Pipeline, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="wanloom plan") as caught:
         pipe.run(request())
     assert caught.value.code == "E5007"
+
+
+def test_between_clips_the_transformer_leaves_first_and_every_bit_stays(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load(models / "animate-14B", task="animate-14B", device="cpu")
+    fields = {**three_clips(tmp_path)["animate"], "steps": 2}
+    want = pipe.run(Request(prompt="a red cat", seed=7, **fields)).videos[0]
+    fault(monkeypatch, Decoder, {2})
+    result, said = run_with_warnings(pipe, Request(prompt="a red cat", seed=7, **fields))
+    assert result.lowered == ("decoding: the transformer leaves before",) and said == ["W5008"]
+    assert torch.equal(result.videos[0].tensor, want.tensor)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from meter import peak_of
 from torch import Tensor
 
-from meter import peak_of
 from wanloom.budget import vae_activations
 from wanloom.models.config import VAE_21, VAE_22, VaeConfig
-from wanloom.models.vae import CausalVae
+from wanloom.models.vae import CausalVae, ChannelNorm
 from wanloom.runtime.stripes import StripedDecoder, StripedEncoder, stripe
 
 SMALL = {name: replace(row, dim=8, decoder_dim=8, blocks=1) for name, row in (("2.1", VAE_21), ("2.2", VAE_22))}
@@ -76,16 +77,20 @@ def peak(config: VaeConfig, rows: int | None, side: int, *, decode: bool) -> int
             stripe(vae, rows)
         small = side // config.stride[1]
         z, video = torch.zeros(1, config.z, 3, small, small), torch.zeros(1, 3, 9, side, side)
-        return peak_of(lambda: list(vae.decode_chunks(z)) if decode else list(vae.encode_chunks(pieces(video))))
+        made = (lambda: vae.decode_chunks(z)) if decode else (lambda: vae.encode_chunks(pieces(video)))
+        return peak_of(lambda: deque(made(), maxlen=0))
 
 
-@pytest.mark.parametrize(("name", "decode", "share"), [("2.1", True, 0.8), ("2.1", False, 0.6), ("2.2", True, 0.85)])
-def test_stripes_take_less_memory(name: str, decode: bool, share: float) -> None:
-    config = replace(SMALL[name], blocks=2)
+@pytest.mark.parametrize(("name", "decode", "share"), [("2.1", True, 0.75), ("2.1", False, 0.6), ("2.2", True, 0.85)])
+def test_stripes_take_less_memory_and_the_estimate_says_so(
+    name: str, decode: bool, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChannelNorm, "pieces", 1)  # fewer calls to count; a norm's pieces are small
+    config = replace(SMALL[name], dim=32, decoder_dim=32, blocks=2)
     whole, cut = (peak(config, rows, 512, decode=decode) for rows in (None, 32))
     assert cut < share * whole
     estimates = [vae_activations(config, (512, 512), decode=decode, rows=rows) for rows in (None, 32)]
-    assert estimates[1] < 0.9 * estimates[0]
+    assert all(0.7 < one / other < 1.3 for one, other in zip(estimates, (whole, cut), strict=True)), (whole, cut)
 
 
 def test_what_is_remembered_waits_elsewhere() -> None:
