@@ -19,6 +19,7 @@ FLOORS = (
     (
         "variants",
         "budget",
+        "vae_cost",
         "shares",
         "rates",
         "estimate",
@@ -31,7 +32,7 @@ FLOORS = (
         "demo",
     ),
     ("clips", "sizes", "plan", "inputs", "speaking", "parts", "together", "jobs", "prompts", "preview", "preprocess"),
-    ("conditioning", "results", "outputs", "work", "shortcuts"),
+    ("conditioning", "results", "outputs", "work", "shortcuts", "ladder"),
     ("pipeline",),
     ("calibrate", "train", "server"),
     ("cli", "__init__", "__main__"),

@@ -8,7 +8,7 @@ widest point, with the allocations named; the tests and docs say how it was meas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -23,8 +23,8 @@ from wanloom.models.config import (
     DiTConfig,
     SpeechConfig,
     TextConfig,
-    VaeConfig,
 )
+from wanloom.vae_cost import decode_flops, encode_flops, remembered, vae_activations, vae_parameters
 from wanloom.variants import Variant
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -139,92 +139,6 @@ def clip_parameters(config: ClipConfig) -> int:
     layer = 4 * dim + 4 * dim * dim + 4 * dim + 2 * dim * config.ffn_dim + config.ffn_dim + dim
     around = 3 * config.patch**2 * dim + dim + positions * dim + 4 * dim + dim * config.projection
     return config.layers * layer + around
-
-
-RESAMPLING = 9  # kernel positions of the layers that double or halve a frame: 3x3, the others look back in time
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution of the VAE at its place: `frames` output frames of `pixels` positions, `taps` inputs per output.
-
-    `past`: frames of its input kept between the pieces of a stream.
-    """
-
-    inputs: int
-    outputs: int
-    taps: int  # kernel positions: 27 for 3x3x3
-    frames: int
-    pixels: int
-    norm: int = 0  # parameters of the norm before it
-    past: int = 0
-
-    @property
-    def parameters(self) -> int:
-        return self.taps * self.inputs * self.outputs + self.outputs + self.norm
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.taps * self.inputs * self.outputs * self.frames * self.pixels
-
-
-def encoder_layers(config: VaeConfig, frames: int, pixels: int) -> Iterator[Layer]:
-    """The convolutions of the encoder for `frames` frames of `pixels` positions (after folding `config.patch`)."""
-    widths = [config.dim * m for m in (1, *config.multipliers)]
-    yield Layer(3 * config.patch**2, widths[0], 27, frames, pixels, past=2)
-    for stage, (inputs, outputs) in enumerate(pairwise(widths)):
-        for index in range(config.blocks):
-            yield from _residual(inputs if index == 0 else outputs, outputs, frames, pixels)
-        if stage < len(config.temporal):
-            pixels //= 4
-            yield Layer(outputs, outputs, 9, frames, pixels)
-            if config.temporal[stage]:
-                frames = (frames - 1) // 2 + 1
-                yield Layer(outputs, outputs, 3, frames - 1, pixels, past=1)
-    yield from _middle(widths[-1], frames, pixels)
-    yield Layer(widths[-1], 2 * config.z, 27, frames, pixels, norm=widths[-1], past=2)
-    yield Layer(2 * config.z, 2 * config.z, 1, frames, pixels)
-
-
-def decoder_layers(config: VaeConfig, frames: int, pixels: int) -> Iterator[Layer]:
-    """The convolutions of the decoder for `frames` latent frames of `pixels` positions."""
-    widths = [config.decoder_dim * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
-    temporal = tuple(reversed(config.temporal))
-    yield Layer(config.z, config.z, 1, frames, pixels)
-    yield Layer(config.z, widths[0], 27, frames, pixels, past=2)
-    yield from _middle(widths[0], frames, pixels)
-    for stage, (inputs, outputs) in enumerate(pairwise(widths)):
-        if stage and not config.residual:
-            inputs //= 2  # Wan2.1: the upsampling before it halved the channels
-        for index in range(config.blocks + 1):
-            yield from _residual(inputs if index == 0 else outputs, outputs, frames, pixels)
-        if stage < len(temporal):
-            if temporal[stage]:
-                yield Layer(outputs, 2 * outputs, 3, frames - 1, pixels, past=2)
-                frames = 2 * (frames - 1) + 1
-            pixels *= 4
-            yield Layer(outputs, outputs if config.residual else outputs // 2, 9, frames, pixels)
-    yield Layer(widths[-1], 3 * config.patch**2, 27, frames, pixels, norm=widths[-1], past=2)
-
-
-def _residual(inputs: int, outputs: int, frames: int, pixels: int) -> Iterator[Layer]:
-    yield Layer(inputs, outputs, 27, frames, pixels, norm=inputs, past=2)
-    yield Layer(outputs, outputs, 27, frames, pixels, norm=outputs, past=2)
-    if inputs != outputs:
-        yield Layer(inputs, outputs, 1, frames, pixels)
-
-
-def _middle(width: int, frames: int, pixels: int) -> Iterator[Layer]:
-    yield from _residual(width, width, frames, pixels)
-    yield Layer(width, 3 * width, 1, frames, pixels, norm=width)
-    yield Layer(width, width, 1, frames, pixels)
-    yield from _residual(width, width, frames, pixels)
-
-
-def vae_parameters(config: VaeConfig) -> int:
-    """Parameters of the VAE, encoder and decoder."""
-    layers = (*encoder_layers(config, 1, 1 << 20), *decoder_layers(config, 1, 1))
-    return sum(layer.parameters for layer in layers)
 
 
 def parameters(variant: Variant) -> dict[str, int]:
@@ -390,32 +304,6 @@ def clip_flops(config: ClipConfig) -> int:
     return (config.layers - 1) * (linear + 4 * length * length * config.dim) + stem
 
 
-def encode_flops(config: VaeConfig, frames: int, size: tuple[int, int]) -> int:
-    """Operations to encode `frames` pixel frames of size (w, h)."""
-    pixels = size[0] * size[1] // config.patch**2
-    latents, small = _latents(config, frames), size[0] * size[1] // config.stride[1] ** 2
-    return sum(layer.flops for layer in encoder_layers(config, frames, pixels)) + _attention(
-        config.dim * config.multipliers[-1], latents, small
-    )
-
-
-def decode_flops(config: VaeConfig, frames: int, size: tuple[int, int]) -> int:
-    """Operations to decode the latents of `frames` pixel frames of size (w, h)."""
-    latents, small = _latents(config, frames), size[0] * size[1] // config.stride[1] ** 2
-    return sum(layer.flops for layer in decoder_layers(config, latents, small)) + _attention(
-        config.decoder_dim * config.multipliers[-1], latents, small
-    )
-
-
-def _attention(width: int, frames: int, pixels: int) -> int:
-    """The VAE's attention over the positions of each frame."""
-    return 4 * frames * pixels * pixels * width
-
-
-def _latents(config: VaeConfig, frames: int) -> int:
-    return (frames - 1) // config.stride[0] + 1
-
-
 def flops(plan: Sized, variant: Variant) -> dict[str, int]:
     """Stage -> operations: text, audio and image (inputs to conditioning, 0 without), denoise, decode.
 
@@ -547,7 +435,7 @@ class Shortage:
 def need(
     plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_cpu: bool = False,
     quantise: str | None = None, resident_blocks: int | None = None, vae_dtype: str = "float32",
-    held: Mapping[str, int] | None = None,
+    held: Mapping[str, int] | None = None, row_chunks: int | None = None, vae_rows: int | None = None,
 ) -> Need:  # fmt: skip
     """Bytes and operations of a run whose parts are loaded for their stage and released after it.
 
@@ -555,10 +443,20 @@ def need(
     encoder stays on the CPU (t5_cpu).  Of a video in clips it holds those of a clip and of the past of the next.
     quantise and resident_blocks: see `part_bytes`; what is quantised and streamed waits in the host's memory.
     vae_dtype: in which the VAE decodes.  held: part -> bytes, of parts of which this process holds a share
-    (`shares.held_bytes`).
+    (`shares.held_bytes`).  row_chunks: tokens that a block works on at a time; vae_rows: rows of pixels in a stripe of
+    the VAE, whose memory of the past then waits in the host's.
     """
     sizes = part_bytes(variant, dtype, quantise=quantise, resident_blocks=resident_blocks)
-    stages = _stages(plan, variant, dtype, {**sizes, **(held or {})}, vae_dtype)
+    stages = _stages(
+        plan,
+        variant,
+        dtype,
+        {**sizes, **(held or {})},
+        vae_dtype,
+        row_chunks=row_chunks,
+        vae_rows=vae_rows,
+        aside=on_gpu,
+    )
     shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
     frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
     if not on_gpu:
@@ -570,14 +468,16 @@ def need(
     waiting = 0
     if resident_blocks is not None:
         waiting = (SLOTS if quantise is None else variant.dit.layers) * block_bytes(variant.dit, dtype, quantise)
-    host = HOST_BASE + CUDA_HOST + frames + max(passing, waiting, text.bytes if t5_cpu else 0)
+    past = 0 if vae_rows is None else remembered(variant.vae, plan.size, decode=True)
+    host = HOST_BASE + CUDA_HOST + frames + max(passing, waiting, past, text.bytes if t5_cpu else 0)
     gpu = GPU_BASE + max(stage.bytes for stage in (rest if t5_cpu else stages))
     return Need(disk_bytes(plan), host, gpu, stages)
 
 
 def _stages(
-    plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int], vae_dtype: str
-) -> tuple[StageNeed, ...]:
+    plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int], vae_dtype: str, *, row_chunks: int | None,
+    vae_rows: int | None, aside: bool,
+) -> tuple[StageNeed, ...]:  # fmt: skip
     """text, audio and image (when there are such), denoise, decode: in the order they run, parts coming and going."""
     work = flops(plan, variant)
     reading = text_activations(variant.text, variant.dit.text_len, dtype)
@@ -587,13 +487,18 @@ def _stages(
         stages.append(StageNeed("audio", part["audio"], hearing, work["audio"]))
     if work["image"]:
         weights = max(part["vae"], part.get("clip", 0))  # one after the other
-        stages.append(StageNeed("image", weights, vae_activations(variant.vae, plan.size, decode=False), work["image"]))
+        seeing = vae_activations(variant.vae, plan.size, decode=False, rows=vae_rows, aside=aside)
+        stages.append(StageNeed("image", weights, seeing, work["image"]))
     denoising = max(
-        dit_activations(variant.dit, clip.latent, dtype, past=_remembers(clip, variant.dit), guided=_guided(plan))
+        dit_activations(
+            variant.dit, clip.latent, dtype, past=_remembers(clip, variant.dit), guided=_guided(plan), rows=row_chunks
+        )
         for clip in plan.segments
     )
     stages.append(StageNeed("denoise", part["dit"], denoising, work["denoise"]))
-    decoding = vae_activations(variant.vae, plan.size, decode=True, dtype=vae_dtype)
+    decoding = vae_activations(
+        variant.vae, plan.size, decode=True, width=DTYPE_BYTES[vae_dtype], rows=vae_rows, aside=aside
+    )
     stages.append(StageNeed("decode", part["vae"] * DTYPE_BYTES[vae_dtype] // 4, decoding, work["decode"]))
     return tuple(stages)
 
@@ -613,6 +518,13 @@ def check_blocks(count: int | None, *, changed: str | None, on_gpu: bool) -> int
     return count
 
 
+def check_rows(name: str, count: int | None) -> int | None:
+    """The number of rows itself.  Error: E2055 when it is none."""
+    if count is not None and (type(count) is not int or count < 1):
+        raise InputError("E2055", f"{name}: got {count}, expected a whole number, 1 or more. Leave it out for all.")
+    return count
+
+
 def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:
     """What does not suffice; empty: the run fits."""
     pairs = [("disk", needed.disk, have.disk), ("host", needed.host, have.host)]
@@ -622,20 +534,26 @@ def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:
 
 
 def dit_activations(
-    config: DiTConfig, latent: Sequence[int], dtype: str, *, past: bool = False, guided: bool = False
-) -> int:
+    config: DiTConfig, latent: Sequence[int], dtype: str, *, past: bool = False, guided: bool = False,
+    rows: int | None = None,
+) -> int:  # fmt: skip
     """Bytes at the widest point of a block of the plain code, for one sample (the two passes follow each other).
 
     Per token and channel: two float32 streams (before the trunk, and in it), then either attention (its input, q, k, v,
     one of them rotated, the output, and the rotation's float32) or the feed-forward (its input, the hidden layer, the
     output).  s2v, whose tokens have two timesteps, also gathers a float32 row of modulation for each.  Beside them the
     rotation table and six latents of the solver in float32, and what the parts of s2v and animate keep for all steps of
-    a clip (`_kept`), for both passes when the run is guided.
+    a clip (`_kept`), for both passes when the run is guided.  With `rows` tokens at a time the streams, k and v are
+    those of all tokens, the rest is that of the rows.
     """
     length, each = tokens(latent, config.patch), DTYPE_BYTES[dtype]
     length += beside_tokens(config, latent, past=past)
     streams = 8 if config.speech is None else 12
-    block = int(length * config.dim * (streams + max(6 * each + 4, each * (2 + config.ffn_dim / config.dim))))
+    at_work = max(6 * each + 4, each * (2 + config.ffn_dim / config.dim))
+    if rows is None or rows >= length:
+        block = int(length * config.dim * (streams + at_work))
+    else:
+        block = int(config.dim * (length * (streams + 2 * each) + rows * at_work))
     table = length * config.head_dim // 2 * 8
     values = latent[0] * latent[1] * latent[2] * latent[3]
     kept = _kept(config, latent, length, each)
@@ -669,27 +587,6 @@ def text_activations(config: TextConfig, length: int, dtype: str) -> int:
     bytes_each = DTYPE_BYTES[dtype]
     scores = 3 * 4 * config.heads * length * length
     return scores + length * bytes_each * (3 * config.ffn_dim + 4 * config.dim)
-
-
-def vae_activations(config: VaeConfig, size: tuple[int, int], *, decode: bool, dtype: str = "float32") -> int:
-    """Bytes of a streamed encode or decode in `dtype`: what the stream remembers, and its widest layer at work.
-
-    A piece of the stream is one latent.  What is remembered is replaced layer by layer.  A layer at work holds its
-    input and the same with the past before it, its output, and that twice more in the convolution's own layout.
-    """
-    if decode:
-        # Two latents of which the first stands alone: the frames of the second are those of a later piece.
-        layers = list(decoder_layers(config, 2, size[0] * size[1] // config.stride[1] ** 2))
-    else:
-        layers = list(encoder_layers(config, 1 + config.stride[0], size[0] * size[1] // config.patch**2))
-    remembered = sum(layer.past * layer.inputs * layer.pixels for layer in layers)
-    widest = 0
-    for layer in layers:
-        frames = max(1, layer.frames - 1)
-        values = layer.inputs * (2 * frames + layer.past) + 3 * layer.outputs * frames
-        if layer.taps != RESAMPLING:  # never the widest: what they read or write, the layer beside them holds as well
-            widest = max(widest, layer.pixels * values)
-    return DTYPE_BYTES[dtype] * (remembered + widest)
 
 
 def disk_bytes(plan: Sized) -> int:

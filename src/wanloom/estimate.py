@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from wanloom import budget
+from wanloom import budget, vae_cost
 from wanloom.rates import Rates
 from wanloom.variants import Variant
 
@@ -62,7 +62,7 @@ def works(plan: budget.Sized, variant: Variant, dtype: str, *, num: int = 1) -> 
     latents = sum(clip.latent[1] for clip in plan.segments)
     passes = passes_of(plan)
     own = passes * sum(_self_attention(variant, clip.latent, _remembers(clip, variant)) for clip in plan.segments)
-    convolutions = len(tuple(budget.decoder_layers(variant.vae, 2, 64)))
+    convolutions = len(tuple(vae_cost.decoder_layers(variant.vae, 2, 64)))
     seen = latents * convolutions if flops["image"] else 0
     found = {
         "encode": Work(

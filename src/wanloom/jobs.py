@@ -6,6 +6,7 @@
     conditioning.safetensors  what the encoders made of prompt and pictures
     state-0012.safetensors    latents and solver state after 12 steps; the last two are kept
     latents.safetensors       the final latents, on disk before decoding begins
+    lowered.safetensors       where a run came down to when memory ran out (see `ladder.py`)
     given-0003.safetensors    what clip 3 is given (s2v: what it hears), clips counted from 0
     00.0003.state-0012...     state and latents of video 0, clip 3, where videos are made clip by clip; when the next
                               clip begins the states are dropped
@@ -49,7 +50,7 @@ NUMERICS = 1
 FORMAT = 1  # of plan.json
 KEEP = 2  # states on disk
 OURS = (  # file names
-    r"(plan|published)\.json|lock|(\d+\.\d+\.)?(conditioning|latents|state-\d+)\.safetensors|given-\d+\.safetensors"
+    r"(plan|published)\.json|lock|(\d+\.\d+\.)?(conditioning|latents|lowered|state-\d+)\.safetensors|given-\d+\.safetensors"
     r"|\..*\.part(\.\w+)?"
 )
 OF_A_CLIP = ("latents", "state-")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanloom.budget import DTYPE_BYTES, GPU_BASE, check_blocks, part_bytes
+from wanloom.budget import DTYPE_BYTES, GPU_BASE, check_blocks, check_rows, part_bytes
 from wanloom.checkpoint.blocks import TEXT_LAYER, load_streamed
 from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.lora import merge, read_lora
@@ -44,8 +44,10 @@ from wanloom.runtime.compile import compile_blocks
 from wanloom.runtime.fused import FUSED
 from wanloom.runtime.kernels import require_compiler, require_fused, require_method, require_vae_dtype
 from wanloom.runtime.quant import quantise
+from wanloom.runtime.rows import use_rows
 from wanloom.runtime.sharding import is_cut
 from wanloom.runtime.streaming import Fill, HostBlocks, Streamed, StreamedLayers
+from wanloom.runtime.stripes import stripe
 from wanloom.variants import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,12 +64,13 @@ class Parts:
     quantise: how transformers and text encoder keep their weights, a name of `runtime.quant.METHODS`; None: as their
     files do (what is there in 8 bits or in GGUF's blocks stays so, which gives the bits that widening it gives).
     resident_blocks: how many blocks of a transformer stay in memory while the others come and go; None: all.
-    vae_dtype: in which the VAE decodes; None: float32.  resident: whether parts stay loaded after use; None decides by
-    size.  `arranged` says both anew.
+    vae_dtype: in which the VAE decodes; None: float32.  row_chunks: how many tokens a block works on at a time;
+    vae_rows: of how many rows of pixels the VAE's stripes are; None: all.  resident: whether parts stay loaded after
+    use; None decides by size.  `arranged` says both anew.
 
     Errors: E2038, E8007 an attention kernel that is not known or not here, E2039, E8009 the same of a way to quantise,
-    E2040 blocks that cannot come and go, E8008 no compiler, E8014 no fused operations, E2028, E8010 a dtype that the
-    VAE cannot decode in.
+    E2040 blocks that cannot come and go, E2055 numbers of rows that cannot be, E8008 no compiler, E8014 no fused
+    operations, E2028, E8010 a dtype that the VAE cannot decode in.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Parts:
         quantise: str | None = None,
         resident_blocks: int | None = None,
         vae_dtype: str | None = None,
+        row_chunks: int | None = None,
+        vae_rows: int | None = None,
         resident: bool | None = None,
     ) -> None:
         self.variant, self.files = variant, files
@@ -100,7 +105,9 @@ class Parts:
         )
         self.vae_dtype = check_dtype(vae_dtype or "float32", "vae-dtype")
         require_vae_dtype(self.vae_dtype, capability_of(device))
+        self.row_chunks, self.vae_rows = check_rows("row-chunks", row_chunks), check_rows("vae-rows", vae_rows)
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
+        self.vae_device = device  # the CPU when nothing else is left: see `Ladder`
         small = self._small() if resident is None else resident
         self.staying = frozenset(BUILD) if small else frozenset[str]()  # parts that are kept between uses
         self.text_streamed = False
@@ -135,6 +142,10 @@ class Parts:
             names["operations"] = "fused"
         if self.quantise is not None:
             names["weights"] = self.quantise
+        if self.row_chunks is not None:
+            names["row chunks"] = str(self.row_chunks)
+        if self.vae_rows is not None:
+            names["vae rows"] = str(self.vae_rows)
         return names
 
     @property
@@ -213,6 +224,16 @@ class Parts:
         for key in [key for key in self._loaded if key[0] == "dit"]:
             release(self._loaded.pop(key))
 
+    def stream(self) -> bool:
+        """Let the blocks of transformers that are loaded from now on come and go, all of them.
+
+        False when they do already, or cannot (`check_blocks`).
+        """
+        if self.resident_blocks == 0 or (self.device == "cpu" and (self.quantise or self.lora)):
+            return False
+        self.resident_blocks = 0
+        return True
+
     def release(self) -> None:
         """Let go of everything that stayed loaded."""
         self.drop()
@@ -247,7 +268,7 @@ class Parts:
         assert path is not None, f"{self.variant.name} has no part {part}"
         with torch.device("meta"):
             module = BUILD[part](self.variant)
-        device = self.text_device if part == "text" else self.device
+        device = {"text": self.text_device, "vae": self.vae_device}.get(part, self.device)
         weights = open_weights(path, kind=part)
         if part == "dit":
             self._fill_dit(module, weights, dtype)
@@ -256,6 +277,8 @@ class Parts:
             module.streamed = StreamedLayers(module.get_submodule("encoder.block").children(), source, device)
         else:
             self._fill(part, module, weights, dtype, device)
+        if isinstance(module, CausalVae) and self.vae_rows is not None:
+            stripe(module, self.vae_rows, aside=None if device == "cpu" else "cpu")
         return module.eval().requires_grad_(False)
 
     def _fill(self, part: str, module: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
@@ -287,6 +310,8 @@ class Parts:
         use_kernel(dit, self.kernel)
         if self.fused:
             use_ops(dit, FUSED)
+        if self.row_chunks is not None:
+            use_rows(dit, self.row_chunks)
         if self.compile:
             compile_blocks(dit.blocks)
 

@@ -51,6 +51,7 @@ from wanloom.jobs import (
     place_words,
     request_texts,
 )
+from wanloom.ladder import Catch, Decoding, Ladder, plainly_said
 from wanloom.outputs import OutPaths, Output, files_of, files_to_write
 from wanloom.parts import Parts
 from wanloom.placement import MemoryPlan, Wishes, arrange, costs_of
@@ -112,12 +113,15 @@ class Pipeline:
         offload: bool | None = None,
         memory: MemoryPlan | None = None,
         make_parts: Callable[..., Parts] = Parts,
+        row_chunks: int | None = None,
+        vae_rows: int | None = None,
     ) -> None:
         self.device = resolve_device(device)
         dtype = dtype or ("float32" if self.device == "cpu" else "bfloat16")
         self.parts = make_parts(
             variant, files, device=self.device, dtype=dtype, text_device=text_device, attention=attention,
             compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks, vae_dtype=vae_dtype,
+            row_chunks=row_chunks, vae_rows=vae_rows,
         )  # fmt: skip
         self.variant, self.memory = variant, memory
         self.wishes = Wishes(
@@ -159,10 +163,11 @@ class Pipeline:
         job's folder, which knows its files.  Closing the generator cancels; a job with steps behind it can be resumed.
 
         Errors: InputError for what can be mended, NumericalError (exit 6) for values that are not finite, Interrupted
-        (exit 7) after Ctrl-C when there is a file to go on with.
+        (exit 7) after Ctrl-C when there is a file to go on with; E5007 when memory runs out and nothing helps.
+        Warnings: W5008 and W5009 when it did, and something helped (`ladder.py`).
         """
         folder = None if resume is None else Path(resume)
-        with spoken(request, self.variant, files_of(out), folder) as heard:
+        with plainly_said(), spoken(request, self.variant, files_of(out), folder) as heard:
             return (yield from self._stream(heard, out, folder))
 
     def _stream(self, request: Request, out: OutPaths, folder: Path | None) -> Stream:
@@ -175,8 +180,8 @@ class Pipeline:
         self._preflight(order, outputs, memory.need, resuming=folder is not None)
         job, notice = self._open(order, outputs, folder, shortcuts)
         self.job = job
-        with job, self.parts.arranged(memory):
-            work = Work(order, outputs, job, self.device, shortcuts)
+        with job, self.parts.arranged(memory), Ladder(self.parts, job, order.plan.size[1]) as ladder:
+            work = Work(order, outputs, job, self.device, shortcuts, ladder)
             if notice:
                 yield work.event("encode", 0, 1, message=notice)
             if order.plan.in_clips:
@@ -195,7 +200,8 @@ class Pipeline:
             order.plan, self.variant, parts.dtype, read_rates(self.device), on_gpu=self.device != "cpu",
             quantise=parts.quantise, changed=order.lora is not None, t5_cpu=self.wishes.t5_cpu, num=order.request.num,
             host=room.host, stored={} if plain else parts.stored, vae_dtype=parts.vae_dtype,
-            held=parts.held, unstreamed=("text", "dit") if parts.company else (),
+            held=parts.held, row_chunks=parts.row_chunks, vae_rows=parts.vae_rows,
+            unstreamed=("text", "dit") if parts.company else (),
         )  # fmt: skip
         return arrange(costs, room, self.wishes)
 
@@ -299,8 +305,10 @@ class Pipeline:
             clips = CLIPS[self.variant.conditioner](self.parts, plan, work.order.media)
             past, given = clips.begin(), (yield from self._given(work, clips))
             with self._output(work, take) as output, self._experts(work) as velocity:
+                work.ladder.beside = velocity
                 for segment in plan.segments:
                     work.job.enter(take, segment.index)
+                    work.ladder.make_room()
                     conditioning = clips.clip(shared, next(given), segment, past)
                     z = yield from self._clip_latents(work, velocity, conditioning, segment, take)
                     if "dit" not in self.parts.staying:
@@ -424,22 +432,29 @@ class Pipeline:
         velocity.take(self._binder(work, conditioning, said))
         runs = self._runs(work, plans, segment, velocity, conditioning, state)
         latest: list[Step] = []
-        for index in range(start, plan.steps):
+        index = start
+        while index < plan.steps:
             latest = []
-            for take, run in enumerate(runs):
-                failpoint("step")
-                work.shortcuts.at(index, take)
-                step = next(run)
-                self._require_finite_step(step, plan, segment, said)
-                latest.append(step)
-                film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
-                if len(latest) == takes:
-                    kept = ({"x": s.x, **s.state, **work.shortcuts.state(i)} for i, s in enumerate(latest))
-                    job.reached(State(index + 1, tuple(kept)))
-                yield work.event(
-                    "denoise", before + index * takes + take + 1, work.steps, sigma=step.sigma, t=step.t,
-                    expert=velocity.name, seed=plans[take].seed, clip=clip, film=film,
-                )  # fmt: skip
+            with Catch(off=bool(self.parts.company)) as strike:
+                for take, run in enumerate(runs):
+                    failpoint("step")
+                    work.shortcuts.at(index, take)
+                    step = next(run)
+                    self._require_finite_step(step, plan, segment, said)
+                    latest.append(step)
+                    film = work.draw(step.x0, last=index + 1 == plan.steps) if take == 0 else None
+                    if len(latest) == takes:
+                        kept = ({"x": s.x, **s.state, **work.shortcuts.state(i)} for i, s in enumerate(latest))
+                        state = State(index + 1, tuple(kept))
+                        job.reached(state)
+                    yield work.event(
+                        "denoise", before + index * takes + take + 1, work.steps, sigma=step.sigma, t=step.t,
+                        expert=velocity.name, seed=plans[take].seed, clip=clip, film=film,
+                    )  # fmt: skip
+                index += 1
+            if strike.happened:
+                work.ladder.lower_denoising(velocity)
+                runs = self._runs(work, plans, segment, velocity, conditioning, state)
         return [step.x[0] for step in latest]
 
     def _experts(self, work: Work) -> Experts:
@@ -538,13 +553,13 @@ class Pipeline:
         count = latents[0].shape[1]
         total = count * len(latents)
         yield work.event("decode", 0, total)
-        with self.parts.use("decoder") as vae:
+        with Decoding(self.parts, work.ladder) as decoding:
             for take, (plan, z) in enumerate(zip(work.plans, latents, strict=True)):
                 if work.outputs and work.job.published(work.outputs[take]):
                     continue
                 with self._output(work, take) as output:
                     output.clip(z)
-                    for number, piece in enumerate(self._frames(vae, z), start=take * count + 1):
+                    for number, piece in enumerate(self._frames(decoding, z), start=take * count + 1):
                         output.write(piece)
                         yield work.event("decode", number, total, seed=plan.seed)
 
@@ -561,8 +576,8 @@ class Pipeline:
             z = torch.cat((conditioning.lead[0].to(z), z), 1)
         output.clip(z)
         skip, left, step = segment.skip, segment.frames, 0
-        with self.parts.use("decoder") as vae:
-            for number, piece in enumerate(self._frames(vae, z), start=1):
+        with Decoding(self.parts, work.ladder) as decoding:
+            for number, piece in enumerate(self._frames(decoding, z), start=1):
                 shown = piece[:, min(skip, piece.shape[1]) :][:, :left]
                 skip, left = max(0, skip - piece.shape[1]), left - shown.shape[1]
                 if shown.shape[1]:
@@ -572,9 +587,9 @@ class Pipeline:
                     step = number * each // z.shape[1]
                     yield work.event("decode", before + step, total, seed=seed, clip=segment.index)
 
-    def _frames(self, vae: Any, z: Tensor) -> Iterator[Tensor]:
+    def _frames(self, decoding: Decoding, z: Tensor) -> Iterator[Tensor]:
         """Pixels [3, n, H, W] in [-1, 1] of each latent frame in turn."""
-        for number, piece in enumerate(vae.decode_chunks(z[None])):
+        for number, piece in enumerate(decoding.frames(z)):
             require_finite(piece, "E6003", f"decoding, latent frame {number + 1} of {z.shape[1]}: the pixels")
             failpoint("decode")
             yield piece[0].float()
@@ -594,14 +609,16 @@ def load(
     resident_blocks: int | None = None,
     vae_dtype: str | None = None,
     offload_model: bool | None = None,
+    row_chunks: int | None = None,
+    vae_rows: int | None = None,
     **parts: str | Path,
 ) -> Pipeline:
     """A pipeline from a checkpoint directory, the name of a demo model, or nothing (the demo model of `task`).
 
     Only headers are read here.  task: what the checkpoint is for, where its form leaves a choice.  device to
-    vae_dtype, resident_blocks: see `Pipeline`; t5_cpu: the text encoder on the CPU; offload_model: whether parts leave
-    after their use (None: as is best).  parts: single files beside or instead of the
-    directory: dit, dit_high, dit_low, vae, text_encoder, tokenizer, clip.
+    vae_rows: see `Pipeline`; t5_cpu: the text encoder on the CPU; offload_model: whether parts leave after their use
+    (None: as is best).  parts: single files beside or instead of the directory: dit, dit_high, dit_low, vae,
+    text_encoder, tokenizer, clip.
 
     Errors: E2001 weights are needed, E2002 an unknown task or several that fit, E4xxx what is wrong with the files.
     """
@@ -621,7 +638,7 @@ def load(
     return Pipeline(
         survey(variant, files), files, device=device, dtype=dtype, text_device="cpu" if t5_cpu else None,
         attention=attention, compile=compile, fused=fused, quantise=quantise, resident_blocks=resident_blocks,
-        vae_dtype=vae_dtype, offload=offload_model,
+        vae_dtype=vae_dtype, offload=offload_model, row_chunks=row_chunks, vae_rows=vae_rows,
     )  # fmt: skip
 
 

@@ -261,21 +261,22 @@ def _wait(costs: Costs, name: str, mode: str, stay: int, keeps: bool) -> float:
 def costs_of(
     plan: budget.Sized, variant: Variant, dtype: str, rates: Rates, *, on_gpu: bool, quantise: str | None = None,
     changed: bool = False, t5_cpu: bool = False, num: int = 1, host: int = 0, stored: Mapping[str, int] | None = None,
-    vae_dtype: str = "float32", held: Mapping[str, int] | None = None, unstreamed: Collection[str] = (),
+    vae_dtype: str = "float32", row_chunks: int | None = None, vae_rows: int | None = None,
+    held: Mapping[str, int] | None = None, unstreamed: Collection[str] = (),
 ) -> Costs:  # fmt: skip
     """The numbers of `num` videos of a plan for one model.
 
     changed: the transformer's blocks are not those of its files (a LoRA); such and quantised ones can come and go on a
     GPU only, from the host's memory.  host: free bytes there, which keep files that are read again and again.  stored:
     part -> its bytes where its files have few bits; such stays whole, as blocks of it would come in full width.
-    vae_dtype: in which the VAE decodes.  held: part -> bytes that this process has of it, where several
-    share its weights.  unstreamed: parts whose blocks do not come and go.
+    vae_dtype, row_chunks, vae_rows: as for `budget.need`.  held: part -> bytes that this process has of it, where
+    several share its weights.  unstreamed: parts whose blocks do not come and go.
     """
     stored = stored or {}
     whole, flowing = (
         budget.need(
             plan, variant, dtype, on_gpu=on_gpu, t5_cpu=t5_cpu, quantise=quantise, resident_blocks=blocks,
-            vae_dtype=vae_dtype, held=held,
+            vae_dtype=vae_dtype, held=held, row_chunks=row_chunks, vae_rows=vae_rows,
         )
         for blocks in (None, 0)
     )  # fmt: skip

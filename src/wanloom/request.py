@@ -157,6 +157,14 @@ def parse_resident_blocks(text: str) -> int:
     return _integer(text, "resident-blocks", "E2040", "a whole number, 0 or more")
 
 
+def parse_row_chunks(text: str) -> int:
+    return _integer(text, "row-chunks", "E2055", "a whole number, 1 or more")
+
+
+def parse_vae_rows(text: str) -> int:
+    return _integer(text, "vae-rows", "E2055", "a whole number, 1 or more")
+
+
 def parse_out(text: str) -> Path:
     return check_out(Path(text))
 
@@ -419,6 +427,12 @@ class Request:
         "run", parse_switch, "true: parts leave after their use; false: all stay (default: what is fastest and fits)",
         metavar="BOOL",
     )  # fmt: skip
+    row_chunks: int | None = _option(
+        "run", parse_row_chunks, "let a block of the transformer work on N tokens at a time: less memory", metavar="N"
+    )
+    vae_rows: int | None = _option(
+        "run", parse_vae_rows, "let the VAE work in stripes of N rows of pixels: less memory", metavar="N"
+    )
     t5_cpu: bool = _option("run", parse_switch, "run the text encoder on the CPU", default=False, switch=True)
     convert_model_dtype: bool = _option(
         "run", parse_switch, "transformer weights in bfloat16", default=False, switch=True

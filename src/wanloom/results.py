@@ -101,6 +101,7 @@ class Result:
     peak_host_bytes: int
     peak_gpu_bytes: int | None
     began_at: int  # steps that were done before this process: 0 for a new run
+    lowered: tuple[str, ...] = ()  # what was done because memory ran out, in words (`ladder.py`)
 
     @property
     def path(self) -> Path:

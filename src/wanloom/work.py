@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanloom import pulse
 from wanloom.jobs import Job, Memory
+from wanloom.ladder import Ladder
 from wanloom.plan import Plan, Segment
 from wanloom.preview import Film, Previewer
 from wanloom.request import Request
@@ -41,10 +42,16 @@ class Work:
     """One run under way: the order, where its progress and its files go, and the clock."""
 
     def __init__(
-        self, order: Order, outputs: Sequence[Path], job: Job | Memory, device: str, shortcuts: Shortcuts
+        self,
+        order: Order,
+        outputs: Sequence[Path],
+        job: Job | Memory,
+        device: str,
+        shortcuts: Shortcuts,
+        ladder: Ladder,
     ) -> None:
         self.order, self.outputs, self.job = order, tuple(outputs), job
-        self.shortcuts = shortcuts
+        self.shortcuts, self.ladder = shortcuts, ladder
         self.plan, self.plans = order.plan, order.plans
         self.previewer: Previewer | None = None
         self.videos: list[Video] = []
@@ -102,4 +109,5 @@ class Work:
             peak_host_bytes=host,
             peak_gpu_bytes=gpu,
             began_at=self.began_at,
+            lowered=tuple(self.ladder.taken),
         )

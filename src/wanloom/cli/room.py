@@ -35,8 +35,8 @@ def check_machine(request: Request) -> None:
     """What was asked for must be there.
 
     Errors: E8002 a GPU, E2023 two number formats, E2038 and E8007 an attention kernel, E2039 and E8009 8-bit products,
-    E8008 a compiler, E2040 blocks that cannot come and go, E8010 a dtype that the VAE cannot decode in, E8014 fused
-    operations.
+    E8008 a compiler, E2040 blocks that cannot come and go, E2055 numbers of rows that cannot be, E8010 a dtype that the
+    VAE cannot decode in, E8014 fused operations.
     """
     _check_gpu(request)
     if request.convert_model_dtype and request.dtype == "float32":
@@ -54,6 +54,8 @@ def check_machine(request: Request) -> None:
     lora = "a LoRA" if request.use_relighting_lora else None
     changed = "quantise" if request.quantise is not None else lora
     budget.check_blocks(request.resident_blocks, changed=changed, on_gpu=on_gpu)
+    budget.check_rows("row-chunks", request.row_chunks)
+    budget.check_rows("vae-rows", request.vae_rows)
     if request.compile:
         require_compiler(on_gpu=on_gpu)
 
@@ -116,6 +118,7 @@ def kind_of(request: Request, variant: Variant, *, on_gpu: bool, several: Severa
         request.attention, request.quantise, request.cache, request.guidance_mode,
         "compile" if request.compile else None, "fused" if request.fused else None, request.vae_dtype,
         "preview" if request.preview else None, None if several.alone else f"{several.world} processes",
+        None if request.row_chunks is None else "rows", None if request.vae_rows is None else "stripes",
     )  # fmt: skip
     return " ".join((variant.name, dtype_of(request, on_gpu=on_gpu), *(word for word in switches if word)))
 
@@ -135,6 +138,7 @@ def place_of(
     costs = costs_of(
         plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
         changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
+        row_chunks=request.row_chunks, vae_rows=request.vae_rows,
         stored=stored, vae_dtype=request.vae_dtype or "float32", held=several.held(variant, dtype),
         unstreamed=() if several.alone else ("text", *(["dit"] if request.resident_blocks is None else [])),
     )  # fmt: skip

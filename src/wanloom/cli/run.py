@@ -76,6 +76,8 @@ def pipeline_of(run: Prepared, leading: Lead | None = None) -> Pipeline:
         vae_dtype=request.vae_dtype,
         offload=request.offload_model,
         memory=run.memory,
+        row_chunks=request.row_chunks,
+        vae_rows=request.vae_rows,
         **make,
     )
     if leading is not None:

@@ -138,7 +138,11 @@ ALONE = Several()
 
 def _refuse_options(request: Request, layout: Layout) -> None:
     """Options that mean one process, or one GPU, or a kernel where the ring computes attention itself."""
-    for option, asked in (("cache", request.cache is not None), ("compile", request.compile)):
+    for option, asked in (
+        ("cache", request.cache is not None),
+        ("compile", request.compile),
+        ("row-chunks", request.row_chunks is not None),
+    ):
         if asked:
             raise InputError("E2023", f"{option}: works in a run of one process. Leave it out.")
     if request.device is not None and ":" in request.device:
