@@ -15,6 +15,7 @@ from wanloom.variants import VARIANTS
 
 GB = 10**9
 STAGES = ("encode", "denoise", "decode")
+PIECES = "--row-chunks 4096 --vae-rows 64"
 
 
 @pytest.fixture
@@ -51,12 +52,12 @@ def test_what_does_not_fit_is_named_and_exits_5(run, computer, has, short):
 @pytest.mark.parametrize(
     ("asked", "memory", "words"),
     [
-        (("t2v-A14B",), 18.5, "t2v-A14B --size 1280x720 --frames 81 --dtype bfloat16"),
-        (("t2v-A14B",), 11, "t2v-A14B --size 480x832 --frames 81 --dtype float32"),
-        (("t2v-A14B",), 5, "demo-t2v"),
+        (("t2v-A14B",), 18.5, f"t2v-A14B --size 1280x720 --frames 81 --dtype float32 {PIECES}"),
+        (("t2v-A14B",), 11, "t2v-A14B --size 1280x720 --frames 33 --dtype float32 --vae-dtype bfloat16"),
+        (("t2v-A14B",), 3, "demo-t2v"),
         (("t2v-A14B", "--resident-blocks", 39), 45, "t2v-A14B --size 1280x720 --frames 81 --dtype float32"),
         (("t2v-A14B", "--offload-model", "false"), 45, "t2v-A14B --size 1280x720 --frames 81 --dtype float32"),
-        (("s2v-14B",), 25, "s2v-14B --size 1024x704 --dtype bfloat16"),
+        (("s2v-14B",), 25, f"s2v-14B --size 1024x704 --dtype float32 {PIECES}"),
         (("animate-14B", "--frames", 33), 10, "animate-14B --size 480x832 --frames 33 --dtype bfloat16"),
     ],
 )  # fmt: skip

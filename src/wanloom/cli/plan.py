@@ -213,7 +213,9 @@ def _words(
 ) -> str:  # fmt: skip
     """A run as words for `wanloom plan`."""
     given = {"size": f"{size[0]}x{size[1]}", "frames": frames, "dtype": dtype, **keep, "device": device}
-    return row.name + "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
+    return row.name + "".join(
+        f" --{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None
+    )
 
 
 def _needed(row: Variant) -> list[str]:
