@@ -18,7 +18,9 @@ from wanloom.parts import Parts
 from wanloom.plan import make_plan
 from wanloom.runtime.frozen import FrozenLinear
 from wanloom.runtime.quant import METHODS, size_of
+from wanloom.runtime.rows import InRows
 from wanloom.runtime.streaming import Streamed
+from wanloom.runtime.stripes import StripedDecoder, StripedEncoder
 
 PROMPT = "a red circle moves left on sand"
 
@@ -42,6 +44,24 @@ def distance(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("count", [0, 2, 99])
 def test_blocks_that_come_and_go_give_the_same_bits(count: int, plain: Tensor, tmp_path: Path) -> None:
     assert torch.equal(latents(tmp_path, resident_blocks=count), plain)
+
+
+def test_rows_and_stripes_give_the_same_video_to_rounding(plain: Tensor, tmp_path: Path) -> None:
+    pipe = load("demo-t2v", device="cpu", row_chunks=7, vae_rows=16)
+    assert distance(latents(tmp_path, pipe), plain) < 1e-4
+    with pipe.parts.use("dit", expert="low_noise_model") as dit, pipe.parts.use("vae") as vae:
+        assert all(isinstance(block.forward, InRows) and block.forward.rows == 7 for block in dit.blocks)
+        assert isinstance(vae.decoder, StripedDecoder) and isinstance(vae.encoder, StripedEncoder)
+
+
+def test_rows_and_stripes_are_counted_in_what_a_run_needs() -> None:
+    row = VARIANTS["t2v-A14B"]
+    plan = make_plan(Request(prompt="x", size="1280x720"), row)
+    whole = need(plan, row, "bfloat16", on_gpu=True, resident_blocks=0)
+    cut = need(plan, row, "bfloat16", on_gpu=True, resident_blocks=0, row_chunks=4096, vae_rows=64)
+    stages = [{stage.name: stage.activations for stage in found.stages} for found in (whole, cut)]
+    assert stages[1]["denoise"] < 0.6 * stages[0]["denoise"] and stages[1]["decode"] < 0.2 * stages[0]["decode"]
+    assert cut.host > whole.host  # what the VAE remembers waits there
 
 
 def test_no_more_blocks_are_there_than_stay_and_come(plain: Tensor, tmp_path: Path) -> None:
@@ -86,6 +106,7 @@ def test_what_decides_the_bits_is_part_of_a_job() -> None:
     asked = precision(quantise="int8", compile=True, attention="plain")
     assert asked == precision() | {"weights": "int8", "compile": "blocks", "attention": "plain"}
     assert precision(resident_blocks=0) == precision()
+    assert precision(row_chunks=64, vae_rows=32) == precision() | {"row chunks": "64", "vae rows": "32"}
 
 
 # ---------------------------------------------------------------- files in few bits
@@ -149,6 +170,8 @@ def test_streamed_blocks_are_counted_once() -> None:
         ({"attention": "flash-3"}, "E8007", "needs an NVIDIA GPU"),
         ({"resident_blocks": -1}, "E2040", "0 or more"),
         ({"resident_blocks": 0, "quantise": "int8"}, "E2040", "conflicts with quantise"),
+        ({"row_chunks": 0}, "E2055", "row-chunks: got 0"),
+        ({"vae_rows": -8}, "E2055", "1 or more"),
     ],
     ids=str,
 )

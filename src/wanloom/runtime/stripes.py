@@ -9,8 +9,8 @@ are taken in sections (a few convolutions, one doubling or halving), and a strip
 rows of its neighbours as the section can see: what is wrong at the cut has not come as far as the rows that are kept.
 At the border of the frame a stripe ends as the frame does, with the convolution's own zeros.
 
-The price: the rows at the cuts are computed twice, 8 above and below each stripe, in the last stages of the decoder of
-Wan2.2 20.  Between two sections the whole tensor is there, at a place where it is small.
+The price: rows at the cuts are computed twice, 8 above and below each stripe, in the last stages of Wan2.2's decoder
+20.  Between two sections the whole tensor is there, at a place where it is small.
 
 The past of the stream: each stripe has its own tails, which lie on the one tape in the order of the stripes; what a
 stripe needs of its neighbours' past it takes from theirs.
