@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -253,10 +254,8 @@ def test_a_process_that_dies_ends_all_and_two_others_finish_the_video_of_one(
 def test_a_process_that_hangs_ends_all_and_one_goes_on(model: Path, tmp_path: Path, run: Any, stopped: int) -> None:
     words = ("generate", "--ckpt-dir", model, "--task", MODEL, *SHORT[:4], *SHORT[6:], "--device", "cpu")
     words = (*words, "--steps", "900", "--save-every", "1", "--out", "a.png")
-    with start(tmp_path, *words, "--gpus", "2", WANLOOM_PATIENCE="30") as running:
-        while not (tmp_path / "a.job" / "state-0002.safetensors").is_file():
-            assert running.poll() is None
-            time.sleep(0.05)
+    with start(tmp_path, *words, "--gpus", "2", WANLOOM_PATIENCE="60") as running:
+        wait_for_state(running, tmp_path / "a.job")
         os.kill(rank_of(running.pid, stopped), signal.SIGSTOP)
         err = running.communicate(timeout=300)[1]
     assert running.returncode == 7, err
@@ -279,14 +278,19 @@ def test_torchrun_starts_them_too_and_ctrl_c_saves(model: Path, tmp_path: Path, 
     assert abs(frames(tmp_path / "a.png") - frames(tmp_path / "b.png")).max() <= 1
     words = (*words[:5], *SHORT[:4], *SHORT[6:], "--steps", "900", "--save-every", "1", "--device", "cpu")
     with start(tmp_path, *words, "--out", "c.png", program=program) as running:
-        while not (tmp_path / "c.job" / "state-0002.safetensors").is_file():
-            assert running.poll() is None
-            time.sleep(0.05)
+        wait_for_state(running, tmp_path / "c.job")
         running.send_signal(signal.SIGINT)
         err = running.communicate(timeout=300)[1]
     assert running.returncode != 0
     assert "Continue: wanloom generate --resume" in err
     assert (tmp_path / "c.job" / "plan.json").is_file()
+
+
+def wait_for_state(running: subprocess.Popen[str], job: Path) -> None:
+    """Until a step is on disk."""
+    while not list(job.glob("state-*.safetensors")):
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.05)
 
 
 def rank_of(parent: int, rank: int) -> int:
