@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev  ## style and types only
 faults: $(VENV)/.installed-dev  ## the long fault-injection runs: kills at every point, damaged files
 	$(BIN)/python -m pytest -m faults
 
-matrix: $(VENV)/.installed-dev  ## every model on every layout of several processes (half an hour)
+matrix: $(VENV)/.installed-dev  ## every model on every layout of processes, and what takes long (half an hour)
 	$(BIN)/python -m pytest -m matrix
 
 bench: $(VENV)/.installed-dev  ## speed and memory beside diffusers, on this CPU

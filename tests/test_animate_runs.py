@@ -81,7 +81,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(parts, "load_into", refuse)
+    monkeypatch.setattr(parts, "load_into_narrowed", refuse)
 
 
 def refused(code: str, pipe: Pipeline, wanted: Request) -> str:

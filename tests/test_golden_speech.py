@@ -57,6 +57,7 @@ def test_clips_are_those_of_the_reference(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.safetensors"]
 
 
+@pytest.mark.matrix
 def test_a_run_in_float64_is_as_near_to_the_reference_as_to_ours(
     golden: Path, golden_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,8 +74,8 @@ def test_a_run_in_float64_is_as_near_to_the_reference_as_to_ours(
     pipe.run(replace(request, save_tensors=narrow))
     pipe.parts.release()
     with monkeypatch.context() as patch:
-        read = parts.load_into
-        patch.setattr(parts, "load_into", lambda module, weights, dtype, device: read(
+        read = parts.load_into_narrowed
+        patch.setattr(parts, "load_into_narrowed", lambda module, weights, dtype, device: read(
             module, weights, dtype=torch.float64, device=device))  # fmt: skip
         draw = pipeline.noise
         patch.setattr(pipeline, "noise", lambda plan, index: draw(plan, index).double())

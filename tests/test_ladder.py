@@ -112,7 +112,11 @@ def test_memory_that_runs_out_again_is_an_error_with_a_way_out(pipe: Pipeline, m
 # ---------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize(("strikes", "how"), [({0}, ["16"]), ({2}, ["16"]), ({1, 2}, ["16", "8"])], ids=str)
+@pytest.mark.parametrize(
+    ("strikes", "how"),
+    [({0}, ["16"]), *(pytest.param(*row, marks=pytest.mark.matrix) for row in (({2}, ["16"]), ({1, 2}, ["16", "8"])))],
+    ids=str,
+)
 def test_decoding_comes_down_and_denoising_is_not_repeated(
     strikes: set[int], how: list[str], pipe: Pipeline, whole: Video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +131,7 @@ def test_decoding_comes_down_and_denoising_is_not_repeated(
     assert said == ["W5008"] * len(how) and pipe.parts.vae_rows is None
 
 
+@pytest.mark.matrix
 def test_frames_are_given_once_whatever_happens_between(
     pipe: Pipeline, whole: Video, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def planned(pipe: Pipeline) -> MemoryPlan:
     return pipe.place(pipe.prepare(Request(prompt="a red cat", **SHORT)))
 
 
+@pytest.mark.matrix
 def test_what_does_not_fit_is_streamed_by_itself_with_the_same_bits(
     pipe: Pipeline, latents: torch.Tensor, free: Any, brought: list[tuple[str, str, bool]]
 ) -> None:

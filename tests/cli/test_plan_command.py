@@ -19,8 +19,12 @@ PIECES = "--row-chunks 4096 --vae-rows 64"
 
 
 @pytest.fixture
-def computer(monkeypatch):
-    """`computer(memory=..., disk=..., gpu=...)`: a machine with that much free, in GB; gpu 0: none."""
+def computer(monkeypatch, tmp_path):
+    """`computer(memory=..., disk=..., gpu=...)`: a machine with that much free, in GB; gpu 0: none.
+
+    It knows nothing of earlier runs.
+    """
+    monkeypatch.setenv("WANLOOM_CACHE", str(tmp_path / "no runs yet"))
 
     def build(memory: float = 1000, disk: float = 1000, gpu: float = 0) -> None:
         cards = (Gpu(0, "Test GPU", int(gpu * GB), int(gpu * GB), (9, 0)),) if gpu else ()

@@ -128,6 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore::wanloom.errors.WanloomWarning")
 def test_two_processes_make_the_video_of_one_and_notice_who_does_not_come(folder: Path) -> None:
     check(folder, FAST)
