@@ -9,6 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 TORCH ?= auto
 VENV ?= .venv
 BIN := $(VENV)/bin
+TOGETHER ?= -n auto --maxprocesses 4 --dist loadfile
 PARTS := pyproject.toml constraints.txt tools/install.py
 
 help:  ## what there is
@@ -18,7 +19,7 @@ demo: $(VENV)/.installed  ## install what is missing and make a video with the b
 	@$(BIN)/wanloom demo
 
 test: check  ## the same with the development tools, then style, types and all tests
-	$(BIN)/python -m pytest -m "not faults and not matrix"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not faults and not matrix"
 
 check: $(VENV)/.installed-dev  ## style and types only
 	$(BIN)/ruff format --check .

@@ -19,8 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it.
 
     What runs leave behind for later ones goes into a cache of this session, not into the user's.  Without a GPU
-    Triton's kernels run in its interpreter, which has to be said before Triton is imported.
+    Triton's kernels run in its interpreter, which has to be said before Triton is imported.  Of several sessions that
+    share the machine (`-n`) each computes on one processor, and so does what it starts.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cache = tempfile.mkdtemp(prefix="wanloom-tests-")
     os.environ["WANLOOM_CACHE"] = cache

@@ -342,13 +342,13 @@ DEMO_ANIMATE = Variant(
         image_dim=64,
         animate=AnimateConfig(layers=(0, 3), face_dim=16, motion_dim=32, directions=8, widths=(8, 8, 16, 16, 32)),
     ),
-    vae=_PEOPLE_VAE,
+    vae=_DEMO_VAE,
     text=_PEOPLE_TEXT,
     clip=ClipConfig(dim=64, ffn_dim=128, heads=4, layers=3, patch=8, image=64, projection=64),
     conditioner="animate",
     inputs=ANIMATE_14B.inputs,
-    defaults=Defaults(size=(128, 128), frames=17, fps=16, steps=10, shift=3.0, guidance=(1.0, 1.0), negative_prompt=""),
-    sizes=((128, 128),),
+    defaults=Defaults(size=(96, 96), frames=17, fps=16, steps=10, shift=3.0, guidance=(1.0, 1.0), negative_prompt=""),
+    sizes=((96, 96),),
     demo=True,
 )
 

@@ -13,7 +13,7 @@ from wanloom.demo.dance import SIZE, Dance, cover, draw_room, drive, held_out, p
 from wanloom.demo.dance_judge import JOINTS, WORN, Seen, Verdict, compare, observe, places
 from wanloom.demo.figures import CLOTHES, HAIRS, SKINS
 
-COUNT, FEW, FRAMES = 20, 6, 17
+COUNT, FEW, FRAMES = 20, 6, 33
 Clip = tuple[Dance, np.ndarray, Seen]
 
 
@@ -90,7 +90,7 @@ def test_frozen_and_late_clips_are_wrong(clips: list[Clip]) -> None:
     for dance, video, seen in clips[:FEW]:
         moving.append(compare(seen, dance.pose, dance.outfit))
         frozen.append(look(np.repeat(video[:1], FRAMES, 0), dance))
-        late.append(compare(replace(seen, joints=np.roll(seen.joints, 4, 0)), dance.pose, dance.outfit))
+        late.append(compare(replace(seen, joints=np.roll(seen.joints, 10, 0)), dance.pose, dance.outfit))
     means = [np.mean([verdict.distance for verdict in group]) for group in (moving, frozen, late)]
     assert means[1] > 4 * means[0] and means[2] > 4 * means[0]
     assert all(verdict.movement == 0 and verdict.colours for verdict in frozen)

@@ -21,7 +21,7 @@ from .world import Floats, Pixels
 SECONDS = 4.0  # of a voice
 FRAMES = 33  # of a dance: two clips
 FPS = 16  # of a dance
-DANCE_SIZE = 128  # pixels a side
+DANCE_SIZE = 96  # pixels a side
 FACE = 16  # pixels a side of a cut-out face; shown larger
 SPEAKS, DANCES = "a person speaks", "a person dances"  # the prompts
 

@@ -26,10 +26,11 @@ from .figures import (
     sample_pose,
     stick_figure,
 )
-from .world import WORLD, Floats, Pixels
+from .world import SPAN, WORLD, Floats, Pixels
 
 SIZE = 64
 MARGIN = 3.0  # how far joints stay from the sides of the frame, and the most that a figure stands higher or lower
+PACE = 0.4  # of the movements of `figures`: slow enough that four frames, which share a latent, are nearly alike
 NEAR = 2.0  # how far from where a dance begins a person stands in the given picture
 Pose = dict[str, tuple[Floats, Floats]]
 
@@ -86,14 +87,16 @@ def sample_room(rng: np.random.Generator, outfit: Outfit) -> Room:
 def sample_dance(rng: np.random.Generator, frames: int, *, split: str = "train") -> Dance:
     """A dance of so many frames; the person stands in the given picture as in some other movement.
 
-    The dance begins near where the person stands in the picture, as retargeting puts a pose onto one.
+    The dance begins near where the person stands in the picture, as retargeting puts a pose onto one.  People move as
+    fast in a long dance as in a short one.
     """
+    pace = PACE * max(frames - 1, SPAN) / SPAN
     outfit = sample_person(rng, split=split)
     room = sample_room(rng, outfit)
-    stance = sample_pose(rng, 17)
+    stance = sample_pose(rng, 17, PACE)
     at = rng.integers(17)
     still = {name: (x[at : at + 1], y[at : at + 1]) for name, (x, y) in stance.items()}
-    pose = _placed(rng, sample_pose(rng, frames))
+    pose = _placed(rng, sample_pose(rng, frames, pace))
     return Dance(outfit, room, pose, _beside(rng, still, pose))
 
 

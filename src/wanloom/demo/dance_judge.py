@@ -341,17 +341,17 @@ def _find_limbs(costs: Floats, body: _Body, outfit: Outfit) -> dict[str, Limb]:
 # -------------------------------------------------------------------------------------------------------------- verdict
 
 
-def halved(video: Pixels) -> Pixels:
-    """A video [F, 128, 128, 3] at half its size, for the judge: the mean of four pixels each."""
-    frames, height, width, _ = video.shape
-    mean: Floats = video.reshape(frames, height // 2, 2, width // 2, 2, 3).mean((2, 4))
-    half: Pixels = mean.round().astype(np.uint8)
-    return half
+def shrunk(video: Pixels) -> Pixels:
+    """A video of larger squares at 64x64, for the judge: the mean of what each pixel covers."""
+    from PIL import Image
+
+    small = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BOX) for frame in video]
+    return np.stack([np.asarray(frame) for frame in small])
 
 
 def judge(video: Pixels, what: Dance) -> Verdict:
-    """What a video uint8 [F, 128, 128, 3] keeps of a dance."""
-    return compare(observe(halved(video), what.outfit, draw_room(what.room)), what.pose, what.outfit)
+    """What a video uint8 [F, S, S, 3] keeps of a dance."""
+    return compare(observe(shrunk(video), what.outfit, draw_room(what.room)), what.pose, what.outfit)
 
 
 def observe(video: Pixels, outfit: Outfit, room: Pixels | None = None) -> Seen:

@@ -247,9 +247,9 @@ def _limb_ends(x: Along, y: Along, first: Along, second: Along, upper: float, lo
     return mx, my, mx + lower * np.sin(second), my + lower * np.cos(second)
 
 
-def _angles(rng: np.random.Generator, kind: str, frames: int) -> dict[str, Along]:
+def _angles(rng: np.random.Generator, kind: str, frames: int, pace: float) -> dict[str, Along]:
     """Angles of the upper and lower limbs, and how far the body is lifted, for one kind of movement."""
-    beat = 2 * math.pi * (rng.uniform(0.8, 1.6) * clock(frames) + rng.random())
+    beat = 2 * math.pi * (rng.uniform(0.8, 1.6) * pace * clock(frames) + rng.random())
     swing = np.sin(beat)
     if kind == "walk":
         stride, facing = rng.uniform(0.4, 0.6), (1.0 if rng.random() < 0.5 else -1.0)
@@ -268,10 +268,10 @@ def _angles(rng: np.random.Generator, kind: str, frames: int) -> dict[str, Along
             angles[f"arm_{name}"] = angles[f"hand_{name}"] = side * (1.5 + 1.1 * swing)
             angles[f"leg_{name}"] = angles[f"shin_{name}"] = side * (0.28 + 0.2 * swing)
         elif kind == "dance":
-            angles[f"arm_{name}"] = side * wander(rng, frames, 0.3, 2.2)
-            angles[f"hand_{name}"] = angles[f"arm_{name}"] + side * wander(rng, frames, -0.2, 1.2)
-            angles[f"leg_{name}"] = side * wander(rng, frames, 0.05, 0.45)
-            angles[f"shin_{name}"] = angles[f"leg_{name}"] - side * wander(rng, frames, 0.0, 0.4)
+            angles[f"arm_{name}"] = side * wander(rng, frames, 0.3, 2.2, 1.5 * pace)
+            angles[f"hand_{name}"] = angles[f"arm_{name}"] + side * wander(rng, frames, -0.2, 1.2, 1.5 * pace)
+            angles[f"leg_{name}"] = side * wander(rng, frames, 0.05, 0.45, 1.5 * pace)
+            angles[f"shin_{name}"] = angles[f"leg_{name}"] - side * wander(rng, frames, 0.0, 0.4, 1.5 * pace)
     if kind == "wave":
         name, side = ("l", -1.0) if rng.random() < 0.5 else ("r", 1.0)
         angles[f"arm_{name}"] = side * rng.uniform(1.7, 2.1)
@@ -281,13 +281,14 @@ def _angles(rng: np.random.Generator, kind: str, frames: int) -> dict[str, Along
     return angles
 
 
-def sample_pose(rng: np.random.Generator, frames: int = 17) -> dict[str, tuple[Floats, Floats]]:
-    """A moving figure: for each name of `JOINTS` its x and y [frames] in world units."""
+def sample_pose(rng: np.random.Generator, frames: int = 17, pace: float = 1.0) -> dict[str, tuple[Floats, Floats]]:
+    """A moving figure: for each name of `JOINTS` its x and y [frames] in world units; pace 1 is about a beat a second
+    at 17 frames a second."""
     kind = ("walk", "wave", "jack", "dance")[rng.integers(4)]
     tall = rng.uniform(0.86, 1.05)
-    angles = _angles(rng, kind, frames)
-    drift = rng.uniform(5, 12) * float(angles["facing"]) if kind == "walk" else 0.0
-    x = rng.uniform(27, 37) - drift / 2 + drift * clock(frames) + wander(rng, frames, -1, 1)
+    angles = _angles(rng, kind, frames, pace)
+    drift = pace * rng.uniform(5, 12) * float(angles["facing"]) if kind == "walk" else 0.0
+    x = rng.uniform(27, 37) - drift / 2 + drift * clock(frames) + wander(rng, frames, -1, 1, 1.5 * pace)
     y = 34.0 - angles["lift"] + (1.05 - tall) * 18 + np.zeros(frames)
     wide = 0.35 if kind == "walk" else 1.0
     neck_y = y - 15 * tall

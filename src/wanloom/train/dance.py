@@ -7,6 +7,7 @@ some its last five.  The picture's own latent is part of what is made, as in the
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ class DanceTask(PeopleTask):
         what, room, _ = self.scene(HELD_OUT, i)
         return what if room is None else replace(what, room=room)
 
+    @cached_property
+    def nothing(self) -> Tensor:
+        """Latents of a clip of which nothing is known, [1, C, T, h, w]."""
+        return self.vae.encode(torch.zeros(1, 3, self.frames, self.size, self.size))[0].float()
+
     @torch.no_grad()
     def _sample_tensors(self, purpose: int, i: int) -> dict[str, Tensor]:
         what, room, known = self.scene(purpose, i)
@@ -75,10 +81,10 @@ class DanceTask(PeopleTask):
         given[:, :known] = video[:, :known]
         mask = 1 - free
         mask[:, :, :known] = 1
-        reference, latents, behind, pose = (
-            self.vae.encode(v[None])[0].float()
-            for v in (picture, video, given, to_video(dance.drive(what, size=self.size)))
-        )
+        some = room is not None or known > 0
+        clips = [video, to_video(dance.drive(what, size=self.size)), *([given] if some else [])]
+        latents, pose, *more = self.vae.encode(torch.stack(clips))[0].float().split(1)
+        reference, behind = self.vae.encode(picture[None])[0].float(), more[0] if some else self.nothing
         y = torch.cat((with_mask(reference, torch.ones_like(mask[:, :, :1])), with_mask(behind, mask)), 2)
         driver = dance.sample_person(stream(self.recipe.seed, purpose, i, 1))
         face = faces(dressed_figure(driver, what.pose, size=self.size), what.pose)

@@ -93,26 +93,31 @@ def vae_batch(recipe: Recipe, loss: VaeLoss, stage: Stage, size: int, step: int,
     rng = stream(recipe.seed, BATCH, step, rank)
     crop = stage.crop or size
     clips = []
-    for _ in range(stage.batch):
+    while len(clips) < stage.batch:
         frames = vae_clip(rng, recipe, loss, size, stage.frames if stage.frames > 1 else 17)
         if stage.frames == 1:
             at = int(rng.integers(len(frames)))
             frames = frames[at : at + 1]
-        if crop < size:
-            # half of the crops look for an edge: a flat piece of background teaches nothing
-            y, x = (int(v) for v in rng.integers(0, size - crop + 1, 2))
-            if recipe.data.world == "talk" and rng.random() < 0.5:  # the mouth is small, and what matters most
-                y, x = (int(v * size / 64) - crop // 2 + int(rng.integers(-6, 7)) for v in (39, 32))
-            elif rng.random() < 0.8:
-                moves = recipe.data.world == "dance" and len(frames) > 1  # a room has edges too, and is learned soon
-                for _ in range(8):
-                    part = frames[:, y : y + crop, x : x + crop]
-                    if (np.ptp(part, 0).mean() if moves else part.std((0, 1, 2)).max()) > 8:
-                        break
-                    y, x = (int(v) for v in rng.integers(0, size - crop + 1, 2))
-            frames = frames[:, y : y + crop, x : x + crop]
-        clips.append(to_video(np.ascontiguousarray(frames)))
+        for _ in range(min(stage.crops, stage.batch - len(clips))):
+            part = _cut(rng, frames, crop, recipe.data.world) if crop < size else frames
+            clips.append(to_video(np.ascontiguousarray(part)))
     return torch.stack(clips)
+
+
+def _cut(rng: np.random.Generator, frames: np.ndarray, crop: int, world: str) -> np.ndarray:
+    """A square of a clip; most look for an edge: a flat piece of background teaches nothing."""
+    size = frames.shape[1]
+    y, x = (int(v) for v in rng.integers(0, size - crop + 1, 2))
+    if world == "talk" and rng.random() < 0.5:  # the mouth is small, and what matters most
+        y, x = (int(v * size / 64) - crop // 2 + int(rng.integers(-6, 7)) for v in (39, 32))
+    elif rng.random() < 0.8:
+        moves = world == "dance" and len(frames) > 1  # a room has edges too, and is learned soon
+        for _ in range(8):
+            part = frames[:, y : y + crop, x : x + crop]
+            if (np.ptp(part, 0).mean() if moves else part.std((0, 1, 2)).max()) > 8:
+                break
+            y, x = (int(v) for v in rng.integers(0, size - crop + 1, 2))
+    return frames[:, y : y + crop, x : x + crop]
 
 
 def sample_training_clip(seed: int, purpose: int, index: int, data: Data) -> Clip:

@@ -31,6 +31,7 @@ from wanloom.models.dit import DiT, init_for_training, rope_table
 from wanloom.models.layers import Scene
 from wanloom.models.vae import CausalVae
 from wanloom.runtime.attention import KERNELS, use_kernel
+from wanloom.runtime.machine import fast_bfloat16
 from wanloom.sampling.samplers import SAMPLERS
 from wanloom.sampling.schedule import make_schedule
 from wanloom.train.data import (
@@ -310,12 +311,12 @@ def find_text(folder: Path) -> Path:
 
 
 def load_vae(folder: Path) -> tuple[CausalVae, str]:
-    """A frozen VAE from a checkpoint directory, in bfloat16 (several times faster on a CPU), and its file's SHA-256."""
+    """A frozen VAE from a checkpoint directory, in the faster number format here, and its file's SHA-256."""
     file = next(iter(sorted(folder.glob("Wan2.*_VAE.safetensors"))), folder / "Wan2.1_VAE.safetensors")
     weights, config = survey_vae(file)
     with torch.device("meta"):
         vae = CausalVae(config)
-    load_into(vae, weights, dtype=torch.bfloat16)
+    load_into(vae, weights, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
     return vae.requires_grad_(False), sha256_file(file)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wanloom.errors import InputError
+from wanloom.train.muon import Muon
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Optim
 
@@ -68,7 +69,7 @@ class Learner:
         return [
             i
             for i, (name, p) in (named if self.optim.muon_lr else ())
-            if (p.ndim == 2 and ".blocks." in name)
+            if (p.ndim == 2 and (".blocks." in name or name.startswith("image.encoder.layers.")))
             or (p.ndim >= 4 and p[0].numel() > 1 and any(place in name for place in inner))
         ]
 
@@ -81,11 +82,7 @@ class Learner:
         self.adam = torch.optim.AdamW(
             rest, lr=self.optim.lr, betas=self.optim.betas, weight_decay=self.optim.weight_decay, fused=True
         )
-        self.muon = (
-            torch.optim.Muon(mine, lr=self.optim.muon_lr, weight_decay=self.optim.weight_decay, momentum=0.95)
-            if mine
-            else None
-        )
+        self.muon = Muon(mine, lr=self.optim.muon_lr, weight_decay=self.optim.weight_decay) if mine else None
 
     def step(self, share: float, done: int) -> tuple[float, bool]:
         """One update at `share` of the full rate: (gradient norm, was it finite). A non-finite one changes nothing."""

@@ -7,6 +7,7 @@ as it enters the last block) which colour of its palette each part has; the prob
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from wanloom.demo import dance
 from wanloom.demo.figures import CLOTHES, GROUNDS, HAIRS, SKINS, Outfit
 from wanloom.encoders import build_clip, image_features
 from wanloom.errors import InputError
-from wanloom.train.data import BATCH, HELD_OUT, stream, to_video
+from wanloom.train.data import BATCH, CLIPS, HELD_OUT, stream, to_video
 from wanloom.train.ranks import Ranks
 from wanloom.train.recipe import Phase, Recipe, Stage
 from wanloom.variants import VARIANTS
@@ -55,16 +56,28 @@ class LooksTask:
     def only(self, phase: Phase) -> tuple[str, ...] | None:
         return None
 
-    def _people(self, purpose: int, name: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
-        """Pictures [count, 3, size, size] in [-1, 1] of people of one side of the split, and how they look."""
-        rng = stream(self.recipe.seed, purpose, *name)
+    @cached_property
+    def people(self) -> tuple[Tensor, Tensor]:
+        """This process's share of the people to learn from, drawn once: drawing takes longer than learning."""
+        return self._draw(CLIPS, self.recipe.data.clips // self.ranks.size)
+
+    @cached_property
+    def strangers(self) -> tuple[Tensor, Tensor]:
+        """This process's share of people of the other side of the split."""
+        return self._draw(HELD_OUT, self.recipe.data.held_out // self.ranks.size)
+
+    def _draw(self, purpose: int, count: int) -> tuple[Tensor, Tensor]:
+        """Pictures [count, 3, size, size] of people as the tower gets them, bfloat16 in [-1, 1], and how they look."""
+        rng = stream(self.recipe.seed, purpose, self.ranks.rank)
         split = "held_out" if purpose == HELD_OUT else "train"
         size, pictures, answers = VARIANTS[self.recipe.variant].defaults.size[0], [], []
         for _ in range(count):
             scene = dance.sample_dance(rng, 1, split=split)
-            pictures.append(to_video(dance.portrait(scene, size=size)[None])[:, 0])
+            picture = to_video(dance.portrait(scene, size=size)[None]).transpose(0, 1)
+            small = F.interpolate(picture, (self.config.image,) * 2, mode="bicubic", align_corners=False)
+            pictures.append(small.bfloat16())
             answers.append(looks(scene.outfit, scene.room.wall))
-        return torch.stack(pictures).to(self.device), torch.tensor(answers, device=self.device)
+        return torch.cat(pictures).to(self.device), torch.tensor(answers, device=self.device)
 
     def _asked(self, pictures: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy, and which of the questions are answered rightly [B, questions]."""
@@ -73,16 +86,19 @@ class LooksTask:
         return torch.stack(losses).mean(), torch.stack([logits.argmax(1) for logits in said], 1) == answers
 
     def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
-        return self._asked(*self._people(BATCH, (step, self.ranks.rank), stage.batch))[0], {}
+        pictures, answers = self.people
+        rng = stream(self.recipe.seed, BATCH, step, self.ranks.rank)
+        some = torch.from_numpy(rng.integers(len(pictures), size=stage.batch)).to(self.device)
+        return self._asked(pictures[some].float(), answers[some])[0], {}
 
     @torch.no_grad()
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
         """Held-out loss, the share of right answers, and of people of whom all colours are told rightly."""
         totals = torch.zeros(4)
-        for i in self.ranks.mine(self.recipe.watch.prompts):
-            loss, right = self._asked(*self._people(HELD_OUT, (i,), 16))
+        for pictures, answers in zip(*(part.split(64) for part in self.strangers), strict=True):
+            loss, right = self._asked(pictures.float(), answers)
             worn = right[:, : len(PALETTES)].all(1).float().mean()
-            totals += torch.tensor([1.0, float(loss), float(right.float().mean()), float(worn)])
+            totals += len(right) * torch.tensor([1.0, float(loss), float(right.float().mean()), float(worn)])
         self.ranks.sum_(totals)
         loss, right, worn = (totals[1:] / totals[0]).tolist()
         return {"held_out": loss, "right": round(right, 4), "worn": round(worn, 4)}

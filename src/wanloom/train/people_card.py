@@ -22,7 +22,9 @@ from wanloom.train.vae import psnr
 
 Row = tuple[str, list[np.ndarray]]
 FLOORS_SPEECH = {"mouth": (0.8, 0.9), "lag_at_most_1": (0.95, 1.0), "colours": (0.95, 0.99)}
-FLOORS_DANCE = {"colours": (0.95, 0.99), "kept_db": (28.0, 34.0)}
+FLOORS_DANCE = {
+    "colours": (0.95, 0.99), "kept_db": (28.0, 34.0), "movement": (0.8, 0.9), "distance_of_another": (0.15, 0.17),
+}  # fmt: skip
 CEILINGS_SPEECH = {"mouth_of_another": 0.2}
 CEILINGS_DANCE = {"distance": 0.06}
 
@@ -78,12 +80,13 @@ def dance_figures(pipe: wanloom.Pipeline, count: int, folder: Path) -> tuple[lis
         start = time.perf_counter()
         frames = pipe(DANCES, seed=i, **case.given).frames
         seconds = time.perf_counter() - start
-        seen = dance_judge.observe(dance_judge.halved(frames), what.outfit, dance.draw_room(what.room))
+        seen = dance_judge.observe(dance_judge.shrunk(frames), what.outfit, dance.draw_room(what.room))
         verdict = dance_judge.compare(seen, what.pose, what.outfit)
         other = dance_judge.compare(seen, dance_case(i + 1, folder).dance.pose, what.outfit)
         found = {
             "distance": verdict.distance, "movement": verdict.movement, "distance_of_another": other.distance,
-            "colours": float(verdict.colours), "psnr": psnr(dance.perform(what, size=SIZE), frames), "seconds": seconds,
+            "colours": float(verdict.colours), "colours_each": float(np.mean(list(verdict.parts.values()))),
+            "psnr": psnr(dance.perform(what, size=SIZE), frames), "seconds": seconds,
         }  # fmt: skip
         if case.scene is not None:
             outside = dance.cover(what, size=SIZE) == 0

@@ -6,7 +6,10 @@ where one process with many threads stalls at every barrier.
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,8 +56,9 @@ class Ranks:
 
 
 def _enter(
-    rank: int, size: int, meeting: str, backend: str, work: Callable[..., None], args: tuple[object, ...]
+    rank: int, size: int, meeting: str, backend: str, parent: int, work: Callable[..., None], args: tuple[object, ...]
 ) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if backend == "gloo":
         torch.set_num_threads(1)
     else:
@@ -68,6 +72,13 @@ def _enter(
         dist.destroy_process_group()
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: nobody would wait for it, and it would train on."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def spawn(work: Callable[..., None], size: int, device: str, *args: object) -> None:
     """Run `work(ranks, *args)` in `size` processes that meet through a private file."""
     if size == 1:
@@ -76,4 +87,4 @@ def spawn(work: Callable[..., None], size: int, device: str, *args: object) -> N
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
         backend = "gloo" if device == "cpu" else "nccl"
-        start_processes(_enter, (size, meeting, backend, work, args), nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]  # untyped in torch
+        start_processes(_enter, (size, meeting, backend, os.getpid(), work, args), nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]  # untyped in torch

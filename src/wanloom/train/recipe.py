@@ -42,6 +42,9 @@ class Stage(Table):
     batch: int = Field(gt=0)
     frames: int = Field(default=17, gt=0)  # pixel frames; 1 with flow matching: one latent frame, anywhere in time
     crop: int | None = None  # pixels; only for the VAE
+    crops: int = Field(
+        default=1, gt=0
+    )  # how many are cut from each clip: drawing one takes longer than learning from it
 
 
 class VaeLoss(Table):
@@ -94,7 +97,7 @@ class Data(Table):
     """
 
     world: Literal["shapes", "talk", "dance"] = "shapes"
-    clips: int = Field(default=10_000, gt=0)  # how many are cached as latents (flow matching only)
+    clips: int = Field(default=10_000, gt=0)  # how many are cached: latents of flow matching, pictures for an encoder
     first: float = Field(default=0.4, gt=0, lt=1)  # people: share of batches of first clips, which have no past
     two_objects: float = Field(default=0.0, ge=0, le=1)
     held_out: int = Field(default=64, gt=0)  # clips for the held-out loss

@@ -76,8 +76,8 @@ class VaeTask:
             self.vae.conv1.bias[variant.vae.z :] = -6
         self.device = torch.device(recipe.device)
         self.vae.to(self.device, getattr(torch, recipe.dtype))
-        for module in self.vae.modules():
-            if isinstance(module, nn.Conv3d):  # a third faster in bf16 on a CPU
+        for module in self.vae.modules() if recipe.dtype == "bfloat16" else ():
+            if isinstance(module, nn.Conv3d):  # a third faster in bf16 on a CPU, slower in float32
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.axes: Axes | None = None
