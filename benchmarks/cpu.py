@@ -7,7 +7,8 @@ ours / diffusers (below 1: ours is faster), and the share of the rate that plain
 (VAE) reach in the same run.  Peak memory is the growth of a fresh process during one forward.  Random weights
 show speed and size, nothing about pictures.  How the figures are meant: docs/performance.md.
 
-Rows are named by what computes and in which dtype.  In "compiled" rows both sides have compiled blocks, ours by
+Rows are named by what computes and in which dtype.  The DiT has the width of Wan2.1 t2v-1.3B and four layers, and sees
+1170 tokens or 4680; the VAEs of Wan2.1 and Wan2.2 are whole and decode nine frames of 256 x 256.  In "compiled" rows both sides have compiled blocks, ours by
 `compile_blocks`, diffusers' by `compile_repeated_blocks`; compiling is not in the seconds.  "vae-bfloat16-float32" is
 our decoder in bfloat16 beside diffusers' in float32, what each does when asked for a good picture quickly.
 """
@@ -30,26 +31,28 @@ from pathlib import Path
 import torch
 
 from wanloom.checkpoint.names import get_format
-from wanloom.models.config import DiTConfig, VaeConfig
+from wanloom.models.config import VAE_21, VAE_22, DiTConfig
 from wanloom.models.dit import DiT
 from wanloom.models.vae import CausalVae
 from wanloom.runtime.compile import compile_blocks
 
-DIT = DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=2)  # the width of Wan2.1 t2v-1.3B, fewer layers
+DIT = DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=4)
 DIT_QUICK = DiTConfig(dim=384, ffn_dim=1536, heads=3, layers=2)
-VAE = VaeConfig()  # the published Wan2.1 VAE, whole
-VAE_QUICK = VaeConfig(dim=32, decoder_dim=32)
-LATENT, LATENT_QUICK = (16, 5, 30, 52), (16, 3, 16, 16)  # DiT: C, T, h, w (1950 tokens)
-CODE, CODE_QUICK = (16, 3, 12, 20), (16, 2, 8, 8)  # VAE: 9 frames of 160 x 96
+VAE = {"2.1": VAE_21, "2.2": VAE_22}  # the published ones, whole
+VAE_QUICK = {"2.1": replace(VAE_21, dim=32, decoder_dim=32), "2.2": replace(VAE_22, dim=32, decoder_dim=48)}
+LATENTS = {"1170": (16, 3, 30, 52), "4680": (16, 12, 30, 52)}  # by tokens: C, T, h, w
+LATENT_QUICK = (16, 3, 16, 16)
+SIDE, SIDE_QUICK, FRAMES = 256, 64, 3  # pixels a side, and latent frames, that a VAE decodes
 
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison: dtypes of both sides, and whether the blocks of both are compiled."""
+    """A comparison: of what (tokens of the DiT, or which VAE), dtypes of both sides, and whether both are compiled."""
 
     kind: str
+    of: str
     ours: str
     theirs: str
     compiled: bool = False
@@ -60,26 +63,28 @@ class Row:
 
 
 ROWS = {
-    "dit-float32": Row("dit", "float32", "float32"),
-    "dit-bfloat16": Row("dit", "bfloat16", "bfloat16"),
-    "dit-float32-compiled": Row("dit", "float32", "float32", compiled=True),
-    "dit-bfloat16-compiled": Row("dit", "bfloat16", "bfloat16", compiled=True),
-    "vae-float32": Row("vae", "float32", "float32"),
-    "vae-bfloat16": Row("vae", "bfloat16", "bfloat16"),
-    "vae-bfloat16-float32": Row("vae", "bfloat16", "float32"),
-}
+    f"dit-{tokens}-{dtype}{'-compiled' if compiled else ''}": Row("dit", tokens, dtype, dtype, compiled)
+    for tokens in LATENTS for dtype in ("float32", "bfloat16") for compiled in (False, True)
+} | {
+    f"vae-{which}-{name}": Row("vae", which, *dtypes)
+    for which in VAE
+    for name, dtypes in {
+        "float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"),
+        "bfloat16-float32": ("bfloat16", "float32"),
+    }.items()
+}  # fmt: skip
 
 
-def renamed(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def renamed(kind: str, state: dict[str, torch.Tensor], **forms: bool) -> dict[str, torch.Tensor]:
     """Our state dict under diffusers' names."""
-    names = get_format(kind, "diffusers")
+    names = get_format(kind, "diffusers", **forms)
     return {(names.foreign(name) or ((name,), ""))[0][0]: tensor for name, tensor in state.items()}
 
 
 def dit_pair(quick: bool, row: Row, side: str = "both") -> dict[str, Run]:
     """Forward passes of equal weights on equal inputs."""
     dtype, their_dtype = row.dtypes
-    config, shape = (DIT_QUICK, LATENT_QUICK) if quick else (DIT, LATENT)
+    config, shape = (DIT_QUICK, LATENT_QUICK) if quick else (DIT, LATENTS[row.of])
     torch.manual_seed(0)
     ours = DiT(config).to(dtype).eval()
     x, context, t = torch.randn(1, *shape), torch.randn(1, 512, 4096), torch.tensor([[437.0]])
@@ -110,18 +115,23 @@ def dit_pair(quick: bool, row: Row, side: str = "both") -> dict[str, Run]:
 def vae_pair(quick: bool, row: Row, side: str = "both") -> dict[str, Run]:
     """Decoding of equal weights, streamed by latent frames on both sides (what each does by default)."""
     dtype, their_dtype = row.dtypes
-    config, shape = (VAE_QUICK, CODE_QUICK) if quick else (VAE, CODE)
+    config, side_of = (VAE_QUICK[row.of], SIDE_QUICK) if quick else (VAE[row.of], SIDE)
     torch.manual_seed(0)
     ours = CausalVae(config).to(dtype).eval()
-    z = torch.randn(1, *shape)
+    z = torch.randn(1, config.z, FRAMES, side_of // config.stride[1], side_of // config.stride[2])
     runs: dict[str, Run] = {}
     if side != "diffusers":
         runs["ours"] = lambda: torch.cat(list(ours.decode_chunks(z)), 2)
     if side != "ours":
         from diffusers import AutoencoderKLWan
 
-        theirs = AutoencoderKLWan(base_dim=config.dim, z_dim=config.z)
-        theirs.load_state_dict(renamed("vae", ours.state_dict()))
+        theirs = AutoencoderKLWan(
+            base_dim=config.dim, decoder_base_dim=config.decoder_dim, z_dim=config.z, dim_mult=list(config.multipliers),
+            num_res_blocks=config.blocks, temperal_downsample=list(config.temporal), is_residual=config.residual,
+            in_channels=3 * config.patch**2, out_channels=3 * config.patch**2,
+            patch_size=config.patch if config.patch > 1 else None, scale_factor_spatial=config.stride[1],
+        )  # fmt: skip
+        theirs.load_state_dict(renamed("vae", ours.state_dict(), residual=config.residual))
         theirs = theirs.to(their_dtype).eval()
         if side == "diffusers":
             del ours
@@ -242,7 +252,7 @@ def main() -> None:
         "pairs": args.pairs, "quick": args.quick,
     }  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{'':22}{'ours/diffusers':>16}{'(min to max)':>16}{'seconds':>9}{'of plain rate':>15}{'peak memory':>13}")
+    print(f"{'':27}{'ours/diffusers':>16}{'(min to max)':>16}{'seconds':>9}{'of plain rate':>15}{'peak memory':>13}")
     rows: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name in chosen:
@@ -252,7 +262,7 @@ def main() -> None:
             span = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
             memory = f"{row['memory']:13.2f}" if "memory" in row else f"{'-':>13}"
             print(
-                f"{name:22}{row['ratio']:16.3f}{span:>16}{row['seconds']:9.2f}{row['of_plain_rate']:15.2f}{memory}",
+                f"{name:27}{row['ratio']:16.3f}{span:>16}{row['seconds']:9.2f}{row['of_plain_rate']:15.2f}{memory}",
                 flush=True,
             )
     if args.json is not None:

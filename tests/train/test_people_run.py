@@ -28,20 +28,21 @@ from wanloom.train.recipe import Recipe, read_recipe
 from wanloom.train.speech import SpeechTask
 from wanloom.train.vae import VaeTask
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 
 
 def short(name: str, folder: Path, **data: Any) -> Path:
     """The recipe `name` with its first phase alone, of two steps, uncompiled, on few clips; its file."""
     table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
-    table |= {"processes": 1, "compile": False, "data": {**table.get("data", {}), **data}}
+    table |= {"processes": 1, "compile": False, "dtype": "float32", "data": {**table.get("data", {}), **data}}
     table["watch"] |= {"prompts": 1, "log": 1, "save": 1, "sheet": 2, "loss": 2, "sampler_steps": 2}
     phase = table["phases"][0]
     phase["stages"] = [phase["stages"][0] | {"steps": 2, "batch": 2}]
     table["phases"] = [phase]
     for part in ("vae", "audio", "image", "start"):
         if part in table:
-            table[part] = str(folder / table[part])
+            table[part] = str((folder if table[part].startswith("runs") else ROOT) / table[part])
     path = folder / f"{name}.json"
     path.write_text(Recipe.model_validate(table).model_dump_json())
     toml = folder / f"{name}.toml"
@@ -87,7 +88,7 @@ def test_a_vae_begins_as_another(runs: Path, tmp_path: Path) -> None:
     recipe = read_recipe(short("demo-vae-dance", runs, clips=4))
     task = VaeTask(recipe, Ranks(), tmp_path)
     task.start("vae")
-    theirs = load_file(runs / "runs" / "demo-vae-talk" / "checkpoint" / "Wan2.1_VAE.safetensors")
+    theirs = load_file(ROOT / "src/wanloom/demo/models/demo-t2v/Wan2.1_VAE.safetensors")
     assert all(torch.equal(p, theirs[name].to(p.dtype)) for name, p in task.vae.named_parameters())
     for other in (recipe, recipe.model_copy(update={"start": str(tmp_path)})):
         task.recipe = other
@@ -196,9 +197,10 @@ def test_looks_are_colours_by_their_place_in_the_palette() -> None:
 def test_the_picture_encoder_learns_the_wall_first(tmp_path: Path) -> None:
     recipe = read_recipe(short("demo-looks", tmp_path))
     task = LooksTask(recipe, Ranks(), tmp_path)
-    pictures, answers = task._people(0, (1,), 8)
-    assert pictures.shape == (8, 3, 128, 128) and answers.shape == (8, 8)
-    assert torch.equal(pictures, task._people(0, (1,), 8)[0])
+    drawn, answers = task._draw(0, 8)
+    assert drawn.shape == (8, 3, 64, 64) and answers.shape == (8, 8)
+    assert torch.equal(drawn, task._draw(0, 8)[0])
+    pictures = drawn.float()
     optim = torch.optim.Adam([*task.tower.parameters(), *task.probe.parameters()], lr=3e-3)
     before = float(task._asked(pictures, answers)[0].detach())
     for _ in range(30):

@@ -46,45 +46,52 @@ def to_video(frames: np.ndarray) -> Tensor:
 
 # What the clips of a world of people show, and how often.
 PEOPLE = {"talk": (("head", 1.0),), "dance": (("figure", 0.75), ("stick", 0.13), ("room", 0.12))}
+LOOKED_AT = {"talk": 0.5, "dance": 0.3}  # the share of crops around what is small and matters most
+Focus = tuple[float, float] | None  # where that is, x and y in world units
 
 
-def people_clip(rng: np.random.Generator, kind: str, size: int, frames: int, split: str = "train") -> np.ndarray:
-    """One clip of the world of people, uint8 [frames, size, size, 3].
+def people_clip(
+    rng: np.random.Generator, kind: str, size: int, frames: int, split: str = "train"
+) -> tuple[np.ndarray, Focus]:
+    """One clip of the world of people, uint8 [frames, size, size, 3], and where its mouth, or its head, is.
 
     kind: "head" speaks; "figure" dances in a room; "stick" leads it; "room" is the room with the figure's cells black.
     """
     if kind == "head":
         head = talk.sample_talk(rng, split=split, seconds=frames / 16)
         mouth = opening(sample_voice(rng, frames / 16 + 1), frames + 16)[16 * int(rng.integers(2)) :][:frames]
-        return talk.speak(head, mouth, fps=16, size=size)
+        return talk.speak(head, mouth, fps=16, size=size), (32.0, 39.0)
     scene = dance.sample_dance(rng, frames, split=split)
     if kind == "stick":
-        return dance.drive(scene, size=size)
+        return dance.drive(scene, size=size), None
     if kind == "figure":
-        return dance.perform(scene, size=size)
+        x, y = scene.pose["head"]
+        return dance.perform(scene, size=size), (float(x.mean()), float(y.mean()))
     black = dance.cover(scene, size=size)[..., None] > 0
-    return np.where(black, np.uint8(0), dance.draw_room(scene.room, size=size)[None])
+    return np.where(black, np.uint8(0), dance.draw_room(scene.room, size=size)[None]), None
 
 
-def vae_clip(rng: np.random.Generator, recipe: Recipe, loss: VaeLoss, size: int, frames: int) -> np.ndarray:
-    """A clip to train the VAE on, uint8 [frames, size, size, 3]."""
+def vae_clip(
+    rng: np.random.Generator, recipe: Recipe, loss: VaeLoss, size: int, frames: int
+) -> tuple[np.ndarray, Focus]:
+    """A clip to train the VAE on, uint8 [frames, size, size, 3], and where to look."""
     if recipe.data.world in PEOPLE:
         kinds, shares = zip(*PEOPLE[recipe.data.world], strict=True)
-        clip = people_clip(rng, kinds[rng.choice(len(kinds), p=shares)], size, frames)
+        clip, focus = people_clip(rng, kinds[rng.choice(len(kinds), p=shares)], size, frames)
         if loss.grey and frames > 1 and rng.random() < loss.grey:
             clip = clip.copy()
             clip[: 1 + 4 * int(rng.integers(1, (frames - 1) // 4))] = 128
-        return clip
+        return clip, focus
     if rng.random() < loss.figures:
-        return figure_clip(rng, size, frames)
-    return render(sample_clip(rng, objects=2 if rng.random() < 0.25 else 1, split="train"), size, frames)
+        return figure_clip(rng, size, frames), None
+    return render(sample_clip(rng, objects=2 if rng.random() < 0.25 else 1, split="train"), size, frames), None
 
 
 def held_out_clip(recipe: Recipe, index: int, size: int, frames: int) -> np.ndarray:
     """Held-out clip number `index` of the recipe's world, uint8 [frames, size, size, 3]."""
     if recipe.data.world in PEOPLE:
         kind = PEOPLE[recipe.data.world][0][0]
-        return people_clip(stream(recipe.seed, HELD_OUT, index), kind, size, frames, "held_out")
+        return people_clip(stream(recipe.seed, HELD_OUT, index), kind, size, frames, "held_out")[0]
     return render(sample_training_clip(recipe.seed, HELD_OUT, index, recipe.data), size, frames)
 
 
@@ -94,22 +101,23 @@ def vae_batch(recipe: Recipe, loss: VaeLoss, stage: Stage, size: int, step: int,
     crop = stage.crop or size
     clips = []
     while len(clips) < stage.batch:
-        frames = vae_clip(rng, recipe, loss, size, stage.frames if stage.frames > 1 else 17)
+        frames, focus = vae_clip(rng, recipe, loss, size, stage.frames if stage.frames > 1 else 17)
         if stage.frames == 1:
             at = int(rng.integers(len(frames)))
             frames = frames[at : at + 1]
         for _ in range(min(stage.crops, stage.batch - len(clips))):
-            part = _cut(rng, frames, crop, recipe.data.world) if crop < size else frames
+            part = _cut(rng, frames, crop, recipe.data.world, focus) if crop < size else frames
             clips.append(to_video(np.ascontiguousarray(part)))
     return torch.stack(clips)
 
 
-def _cut(rng: np.random.Generator, frames: np.ndarray, crop: int, world: str) -> np.ndarray:
+def _cut(rng: np.random.Generator, frames: np.ndarray, crop: int, world: str, focus: Focus) -> np.ndarray:
     """A square of a clip; most look for an edge: a flat piece of background teaches nothing."""
     size = frames.shape[1]
     y, x = (int(v) for v in rng.integers(0, size - crop + 1, 2))
-    if world == "talk" and rng.random() < 0.5:  # the mouth is small, and what matters most
-        y, x = (int(v * size / 64) - crop // 2 + int(rng.integers(-6, 7)) for v in (39, 32))
+    if focus is not None and rng.random() < LOOKED_AT[world]:
+        around = (int(v * size / 64) - crop // 2 + int(rng.integers(-6, 7)) for v in (focus[1], focus[0]))
+        y, x = (min(max(v, 0), size - crop) for v in around)
     elif rng.random() < 0.8:
         moves = world == "dance" and len(frames) > 1  # a room has edges too, and is learned soon
         for _ in range(8):
