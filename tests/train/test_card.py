@@ -52,4 +52,4 @@ def test_a_random_model_gets_the_card_of_a_smoke_test(tmp_path: Path) -> None:
     page = (checkpoint / "README.md").read_text()
     assert "smoke-test model" in page
     assert "| vae_db |" in page
-    assert sorted(p.name for p in (checkpoint / "sheets").iterdir()) == ["text.jpg", "two.jpg"]
+    assert sorted(p.name for p in (checkpoint / "sheets").iterdir()) == ["text.webp", "two.webp"]

@@ -3,7 +3,7 @@
     python -m wanloom.train.card CHECKPOINT VARIANT [RUN ...] [--real=SPEECH.wav]
 
 Figures are over 200 held-out one-object prompts (`world.examples`), seed = index, default steps, through the pipeline
-that everybody uses; the sheet shows the first 40 prompts, not chosen ones.  Proportions have Wilson's 95 % interval.  A
+that everybody uses; the sheet shows the first 24 prompts, not chosen ones.  Proportions have Wilson's 95 % interval.  A
 model below a floor is a smoke-test model: `status` in card.json says so, and the command line repeats it.
 """
 
@@ -44,6 +44,7 @@ FLOORS_TEXT = {
 FLOORS_IMAGE = {"first_frame_db": (28.0, 32.0), "image_motion": (0.90, 0.97)}
 FLOORS_ALL = {"vae_db": (32.0, 36.0)}
 MOST_SECONDS, MOST_BYTES = 3.0, 15_000_000
+SHOWN = 24  # cases on a sheet
 CEILINGS = {
     "demo-s2v": {"seconds": 30.0, **people_card.CEILINGS_SPEECH},
     "demo-animate": {"seconds": 30.0, **people_card.CEILINGS_DANCE},
@@ -174,7 +175,7 @@ def judged_people(checkpoint: Path, name: str, count: int, real: Path | None) ->
     table = Table()
     for figures in found:
         table.add(**figures)
-    contact_sheet(rows[:16], checkpoint / "sheets" / ("speech.jpg" if speech else "dance.jpg"), scale=1)
+    contact_sheet(rows[:SHOWN], checkpoint / "sheets" / ("speech.webp" if speech else "dance.webp"), scale=1)
     return table.summary(), people_card.FLOORS_SPEECH if speech else people_card.FLOORS_DANCE
 
 
@@ -195,7 +196,7 @@ def judged_shapes(checkpoint: Path, name: str, count: int) -> tuple[dict[str, An
         table, rows = generated(pipe, wanted_clips, checkpoint, image=from_image, objects=objects)
         summary = table.summary()
         figures |= {k: v for k, v in summary.items() if k != "seconds" or "seconds" not in figures}
-        contact_sheet(rows[:40], sheets / f"{mode}.jpg", scale=1)
+        contact_sheet(rows[:SHOWN], sheets / f"{mode}.webp", scale=1)
     (checkpoint / "first.png").unlink(missing_ok=True)
     return figures, floors
 

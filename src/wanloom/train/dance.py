@@ -20,6 +20,7 @@ from wanloom.demo import dance, dance_judge
 from wanloom.demo.cases import FACE, faces
 from wanloom.demo.figures import dressed_figure
 from wanloom.encoders import build_clip, encode_image
+from wanloom.models.adapters.animate import Animate
 from wanloom.train.data import HELD_OUT, LatentCache, cached, stream, to_video
 from wanloom.train.flow import load_part
 from wanloom.train.looks import clip_file
@@ -100,15 +101,26 @@ class DanceTask(PeopleTask):
     def encoders(self) -> dict[str, nn.Module]:
         return {"clip": self.clip}
 
-    def batch(self, cache: LatentCache, indices: list[int], context: Tensor) -> FlowBatch:
-        batch = super().batch(cache, indices, context)
-        inputs = dict(batch.inputs)
-        inputs.pop("past")
-        small = inputs["face"] / 127.5 - 1
+    def _build(self) -> None:
+        """Faces of this world look ahead and do not move: the motion encoder stays as it begins, and is asked once."""
+        super()._build()
+        (self.animate,) = (part for part in self.dit.prepare if isinstance(part, Animate))
+        self.nobody = self._motion(torch.full((1, 3, 1, FACE, FACE), -1.0))[0, 0]
+        for cache in (self.clips, self.held_out):
+            faces = cache.inputs["face"].split(64)
+            cache.inputs["motion"] = torch.cat([self._motion(some.float() / 127.5 - 1) for some in faces])
+
+    @torch.no_grad()
+    def _motion(self, faces: Tensor) -> Tensor:
+        """What the motion encoder makes of cut-out faces [B, 3, T, 16, 16] in [-1, 1]: [B, T, motion_dim]."""
         assert self.variant.dit.animate is not None
         grow = self.variant.dit.animate.face_size // FACE
-        inputs["face"] = small.repeat_interleave(grow, 3).repeat_interleave(grow, 4)
-        return replace(batch, inputs=inputs)
+        large = faces.repeat_interleave(grow, 3).repeat_interleave(grow, 4)
+        return self.animate.motion(large.to(self.device, self.dit.dtype)).float().cpu()
+
+    def batch(self, cache: LatentCache, indices: list[int], context: Tensor) -> FlowBatch:
+        batch = super().batch(cache, indices, context)
+        return replace(batch, inputs={k: v for k, v in batch.inputs.items() if k not in ("past", "face")})
 
     def picture(self, batch: FlowBatch, place: int) -> FlowBatch:
         """The given picture, and one latent frame of each clip with its pose and one of its faces."""
@@ -117,12 +129,12 @@ class DanceTask(PeopleTask):
         inputs, face = dict(batch.inputs), max(0, 4 * place - 1)
         inputs["y"] = inputs["y"][:, :, both]
         inputs["pose"] = inputs["pose"][:, :, place : place + 1]
-        inputs["face"] = inputs["face"][:, :, face : face + 1]
+        inputs["motion"] = inputs["motion"][:, face : face + 1]
         return replace(batch, x0=batch.x0[:, :, both], inputs=inputs)
 
     def without(self, inputs: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
-        face = torch.where(dropped[:, None, None, None, None], torch.tensor(-1.0), inputs["face"])
-        return {**inputs, "face": face}
+        motion = torch.where(dropped[:, None, None], self.nobody.to(self.device), inputs["motion"])
+        return {**inputs, "motion": motion}
 
     def roughen(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         y = inputs["y"].clone()

@@ -141,7 +141,7 @@ class LatentCache:
 
     latents: Tensor
     clips: tuple[Clip, ...]
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def captions(self, indices: list[int], rng: np.random.Generator, dropout: float) -> list[str]:
         """A fresh wording for each clip; "" for the share that teaches guidance."""

@@ -179,15 +179,20 @@ class Animate(nn.Module):
         """What a clip looks at.  Takes out of `given`:
 
         face [B, 3, 4F - 3, face_size, face_size] in [-1, 1], the driver's face in each frame; pose [B, C, F, h, w]
-        latents of the drawn pose.  The clip has F + 1 latent frames, the first being the character's picture.
+        latents of the drawn pose.  The clip has F + 1 latent frames, the first being the character's picture.  In place
+        of faces it takes what `motion` makes of them.
         """
-        face, pose = given.pop("face"), given.pop("pose")
-        batch, frames = face.shape[0], face.shape[2]
-        motion = self.motion_encoder(face.transpose(1, 2).flatten(0, 1).to(dit.dtype))
-        tokens = self.face_encoder(motion.view(batch, frames, -1).to(dit.dtype))
+        pose = given.pop("pose")
+        motion = given.pop("motion") if "motion" in given else self.motion(given.pop("face").to(dit.dtype))
+        tokens = self.face_encoder(motion.to(dit.dtype))
         nothing = torch.zeros_like(tokens[:, :1])
         added = self.pose_patch_embedding(pose.to(dit.dtype)).flatten(3).permute(0, 2, 3, 1)  # [B, F, h*w, C]
         return {"face": torch.cat((nothing, tokens), 1), "pose": added}
+
+    def motion(self, face: Tensor) -> Tensor:
+        """face [B, 3, T, face_size, face_size] in [-1, 1] -> how it moves, [B, T, motion_dim] float32."""
+        found: Tensor = self.motion_encoder(face.transpose(1, 2).flatten(0, 1))
+        return found.view(face.shape[0], face.shape[2], -1)
 
     def forward(self, x: Tensor, scene: Scene) -> tuple[Tensor, Scene]:
         """x [B, L, C] -> the same."""
