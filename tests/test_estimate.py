@@ -59,6 +59,7 @@ def test_attention_is_the_part_that_grows_with_the_square() -> None:
     assert long.attention == pytest.approx(ratio**2 * short.attention, rel=1e-9)
     assert long.matrix == pytest.approx(ratio * short.matrix, rel=0.01)
     assert passes_of(plan_of("t2v-A14B", guidance=1.0)) == 40 and passes_of(plan_of("t2v-A14B")) == 80
+    assert passes_of(plan_of("t2v-A14B"), at_once=True) == 40
 
 
 def test_several_videos_are_encoded_once_and_denoised_each() -> None:

@@ -9,7 +9,21 @@ from itertools import pairwise
 import pytest
 
 from wanloom import budget
-from wanloom.placement import CPU, RESIDENT, SMALL, STREAMED, SWAPPED, Costs, Part, Room, Wishes, arrange, costs_of
+from wanloom.placement import (
+    CPU,
+    RESIDENT,
+    SMALL,
+    STREAMED,
+    SWAPPED,
+    Costs,
+    Part,
+    Room,
+    Wishes,
+    arrange,
+    costs_of,
+    fastest,
+    ways_of,
+)
 from wanloom.plan import make_plan
 from wanloom.rates import guessed_rates
 from wanloom.request import Request
@@ -196,3 +210,46 @@ def test_the_words_say_what_is_unusual() -> None:
     assert arrange(run, card(12)).words(40).endswith(", the text encoder is streamed")
     assert arrange(run, card(80), Wishes(offload=False)).words(40) == "all parts stay"
     assert Part(bytes=100, block=10, blocks=8).streamed(2) == 100 - (8 - 2 - budget.SLOTS) * 10
+
+
+# ---------------------------------------------------------------- both passes of guidance at once
+
+
+def guided_runs(name: str, size: tuple[int, int] = LOW) -> list[Costs]:
+    return [costs(name, size, at_once=at_once) for at_once in (False, True)]
+
+
+def test_a_request_says_how_passes_may_be_made_and_one_pass_is_never_two() -> None:
+    row = VARIANTS["t2v-A14B"]
+    guided, plain = (make_plan(Request(prompt="a", guidance=scale), row) for scale in (4.0, 1.0))
+    assert [ways_of(asked, guided) for asked in (None, "off", "on", "auto")] == [(False,)] * 2 + [
+        (True,),
+        (False, True),
+    ]
+    assert {ways_of(asked, plain) for asked in (None, "off", "auto")} == {(False,)}
+
+
+@pytest.mark.parametrize("name", ["t2v-A14B", "i2v-A14B", "ti2v-5B", "s2v-14B"])
+def test_passes_are_made_at_once_only_where_that_fits_and_is_no_slower(name: str) -> None:
+    size = (1280, 704) if name == "ti2v-5B" else LOW
+    ways, chosen = guided_runs(name, size), set()
+    for gigabytes in range(8, 120, 2):
+        room = card(gigabytes)
+        alone, free = arrange(ways[0], room), fastest(ways, room)
+        assert fastest(ways[:1], room) == alone
+        assert room.over(free.need) <= room.over(alone.need) and free.extra <= alone.extra
+        assert not free.at_once or room.over(free.need) == (0, 0)
+        chosen.add(free.at_once)
+    assert chosen == {True, False}
+    assert fastest(ways, card(200)).at_once
+    assert fastest(ways, card(200)).words(40).endswith(", both passes of guidance at once")
+
+
+def test_streamed_blocks_are_read_once_a_step_in_place_of_twice() -> None:
+    ways = guided_runs("t2v-A14B")
+    assert [run.parts["dit"].passes for run in ways] == [80, 40]
+    assert ways[0].seconds == ways[1].seconds, "the arithmetic is that of two passes"
+    slow = [replace(run, feed=GB / 10) for run in ways]
+    waits = [arrange(run, card(80), Wishes(resident_blocks=0)).waits["dit"] for run in slow]
+    assert waits[1] < 0.5 * waits[0]
+    assert fastest(slow, card(24), Wishes(resident_blocks=0)).at_once

@@ -83,6 +83,8 @@ class Sized(Protocol):
     def spans(self) -> Sequence[Span]: ...
     @property
     def inputs(self) -> Sequence[Given]: ...
+    @property
+    def guidance_mode(self) -> str: ...
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------
@@ -330,6 +332,14 @@ def _guided(plan: Sized) -> bool:
     return any(span.guidance != 1 for span in plan.spans)
 
 
+def _sides(plan: Sized, at_once: bool) -> int:
+    """For how many passes parts of adapters keep what is theirs: one, two that are guided; made at once, the one with
+    the prompt a second time, where some steps are made by it alone (the late modes of `sampling.guidance`).
+    """
+    alone = at_once and plan.guidance_mode.startswith("late")
+    return (3 if alone else 2) if _guided(plan) else 1
+
+
 def _samples(plan: Sized) -> int:
     """Of the sound that is as long as the video."""
     return AUDIO_RATE * plan.frames // plan.fps
@@ -436,6 +446,7 @@ def need(
     plan: Sized, variant: Variant, dtype: str, *, on_gpu: bool = False, t5_cpu: bool = False,
     quantise: str | None = None, resident_blocks: int | None = None, vae_dtype: str = "float32",
     held: Mapping[str, int] | None = None, row_chunks: int | None = None, vae_rows: int | None = None,
+    at_once: bool = False,
 ) -> Need:  # fmt: skip
     """Bytes and operations of a run whose parts are loaded for their stage and released after it.
 
@@ -444,7 +455,7 @@ def need(
     quantise and resident_blocks: see `part_bytes`; what is quantised and streamed waits in the host's memory.
     vae_dtype: in which the VAE decodes.  held: part -> bytes, of parts of which this process holds a share
     (`shares.held_bytes`).  row_chunks: tokens that a block works on at a time; vae_rows: rows of pixels in a stripe of
-    the VAE, whose memory of the past then waits in the host's.
+    the VAE, whose memory of the past then waits in the host's.  at_once: both passes of guidance are one.
     """
     sizes = part_bytes(variant, dtype, quantise=quantise, resident_blocks=resident_blocks)
     stages = _stages(
@@ -456,6 +467,7 @@ def need(
         row_chunks=row_chunks,
         vae_rows=vae_rows,
         aside=on_gpu,
+        at_once=at_once,
     )
     shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
     frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
@@ -476,7 +488,7 @@ def need(
 
 def _stages(
     plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int], vae_dtype: str, *, row_chunks: int | None,
-    vae_rows: int | None, aside: bool,
+    vae_rows: int | None, aside: bool, at_once: bool,
 ) -> tuple[StageNeed, ...]:  # fmt: skip
     """text, audio and image (when there are such), denoise, decode: in the order they run, parts coming and going."""
     work = flops(plan, variant)
@@ -489,12 +501,14 @@ def _stages(
         weights = max(part["vae"], part.get("clip", 0))  # one after the other
         seeing = vae_activations(variant.vae, plan.size, decode=False, rows=vae_rows, aside=aside)
         stages.append(StageNeed("image", weights, seeing, work["image"]))
+    sides = _sides(plan, at_once)
     denoising = max(
         dit_activations(
-            variant.dit, clip.latent, dtype, past=_remembers(clip, variant.dit), guided=_guided(plan), rows=row_chunks
+            variant.dit, clip.latent, dtype, past=_remembers(clip, variant.dit), sides=sides, rows=row_chunks,
+            at_once=at_once,
         )
         for clip in plan.segments
-    )
+    )  # fmt: skip
     stages.append(StageNeed("denoise", part["dit"], denoising, work["denoise"]))
     decoding = vae_activations(
         variant.vae, plan.size, decode=True, width=DTYPE_BYTES[vae_dtype], rows=vae_rows, aside=aside
@@ -534,8 +548,8 @@ def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:
 
 
 def dit_activations(
-    config: DiTConfig, latent: Sequence[int], dtype: str, *, past: bool = False, guided: bool = False,
-    rows: int | None = None,
+    config: DiTConfig, latent: Sequence[int], dtype: str, *, past: bool = False, sides: int = 1,
+    rows: int | None = None, at_once: bool = False,
 ) -> int:  # fmt: skip
     """Bytes at the widest point of a block of the plain code, for one sample (the two passes follow each other).
 
@@ -543,8 +557,8 @@ def dit_activations(
     one of them rotated, the output, and the rotation's float32) or the feed-forward (its input, the hidden layer, the
     output).  s2v, whose tokens have two timesteps, also gathers a float32 row of modulation for each.  Beside them the
     rotation table and six latents of the solver in float32, and what the parts of s2v and animate keep for all steps of
-    a clip (`_kept`), for both passes when the run is guided.  With `rows` tokens at a time the streams, k and v are
-    those of all tokens, the rest is that of the rows.
+    a clip (`_kept`), `sides` times.  With `rows` tokens at a time the streams, k and v are those of all tokens, the
+    rest is that of the rows.  With both passes `at_once` there are two of all that a block holds, and of what it reads.
     """
     length, each = tokens(latent, config.patch), DTYPE_BYTES[dtype]
     length += beside_tokens(config, latent, past=past)
@@ -557,7 +571,9 @@ def dit_activations(
     table = length * config.head_dim // 2 * 8
     values = latent[0] * latent[1] * latent[2] * latent[3]
     kept = _kept(config, latent, length, each)
-    return block + table + 6 * 4 * values + (2 if guided else 1) * kept
+    if at_once:
+        block = 2 * (block + 4 * config.in_channels * prod(latent[1:]))
+    return block + table + 6 * 4 * values + sides * kept
 
 
 def _kept(config: DiTConfig, latent: Sequence[int], length: int, each: int) -> int:

@@ -47,8 +47,8 @@ def calibrate(
 ) -> CacheFit:
     """The figures of a model from one video of each request, which are denoised and not decoded.
 
-    on_event is called with the number of the request and each event.  Errors: E2023 a request with a cache or with
-    several videos, requests of different steps; those of `Pipeline.stream`.
+    on_event is called with the number of the request and each event.  Errors: E2023 a request with a cache, with
+    several videos or with both passes of guidance at once, requests of different steps; those of `Pipeline.stream`.
     """
     points: list[Point] = []
     spans: set[tuple[tuple[int, int], ...]] = set()
@@ -57,6 +57,8 @@ def calibrate(
             raise InputError(
                 "E2023", "calibrate: a cache, or several videos at once, cannot be measured. Leave it out."
             )
+        if request.guidance_batch not in (None, "off"):
+            raise InputError("E2023", "calibrate: passes are measured one by one. Leave --guidance-batch out.")
         plan = pipe.prepare(request).plan
         spans.add(tuple((span.start, span.stop) for span in plan.spans))
         if len(spans) > 1:

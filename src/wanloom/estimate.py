@@ -82,9 +82,9 @@ def works(plan: budget.Sized, variant: Variant, dtype: str, *, num: int = 1) -> 
     return {stage: work for stage, work in found.items() if work.matrix or work.attention or work.conv}
 
 
-def passes_of(plan: budget.Sized) -> int:
-    """Forward passes of the transformer for one clip: two a step where it is guided."""
-    return sum((span.stop - span.start) * (1 if span.guidance == 1 else 2) for span in plan.spans)
+def passes_of(plan: budget.Sized, *, at_once: bool = False) -> int:
+    """Forward passes of the transformer for one clip: two a step where it is guided, unless both are made at once."""
+    return sum((span.stop - span.start) * (1 if span.guidance == 1 or at_once else 2) for span in plan.spans)
 
 
 def _clips_share(plan: budget.Sized, num: int) -> int:

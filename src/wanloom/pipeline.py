@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,14 +54,14 @@ from wanloom.jobs import (
 from wanloom.ladder import Catch, Decoding, Ladder, plainly_said
 from wanloom.outputs import OutPaths, Output, files_of, files_to_write
 from wanloom.parts import Parts
-from wanloom.placement import MemoryPlan, Wishes, arrange, costs_of
+from wanloom.placement import MemoryPlan, Wishes, costs_of, fastest, ways_of
 from wanloom.plan import Plan, Segment, make_plan
 from wanloom.preview import Previewer
 from wanloom.rates import read_rates
 from wanloom.request import Request
 from wanloom.results import Event, Result, Video
 from wanloom.sampling.samplers import SAMPLERS, Step, Velocity, hold
-from wanloom.sampling.velocity import Experts, Forward, conditioned
+from wanloom.sampling.velocity import AtOnce, Experts, Forward, conditioned, heard, joined, later
 from wanloom.shortcuts import Shortcuts
 from wanloom.speaking import spoken
 from wanloom.variants import TASKS, VARIANTS, Variant, variant_for
@@ -178,10 +178,10 @@ class Pipeline:
         shortcuts = self.make_shortcuts(order.plan, self.variant, self.parts.files)
         outputs = files_to_write(out, folder, len(order.plans))
         self._preflight(order, outputs, memory.need, resuming=folder is not None)
-        job, notice = self._open(order, outputs, folder, shortcuts)
+        job, notice = self._open(order, outputs, folder, shortcuts, at_once=memory.at_once)
         self.job = job
         with job, self.parts.arranged(memory), Ladder(self.parts, job, order.plan.size[1]) as ladder:
-            work = Work(order, outputs, job, self.device, shortcuts, ladder)
+            work = Work(order, outputs, job, self.device, shortcuts, ladder, at_once=memory.at_once)
             if notice:
                 yield work.event("encode", 0, 1, message=notice)
             if order.plan.in_clips:
@@ -196,14 +196,16 @@ class Pipeline:
         """Where the parts are to be during this run, by what is free now."""
         parts, room = self.parts, self.parts.room()
         plain = parts.quantise is not None or self.wishes.resident_blocks is not None
-        costs = costs_of(
+        costs = partial(
+            costs_of,
             order.plan, self.variant, parts.dtype, read_rates(self.device), on_gpu=self.device != "cpu",
             quantise=parts.quantise, changed=order.lora is not None, t5_cpu=self.wishes.t5_cpu, num=order.request.num,
             host=room.host, stored={} if plain else parts.stored, vae_dtype=parts.vae_dtype,
             held=parts.held, row_chunks=parts.row_chunks, vae_rows=parts.vae_rows,
             unstreamed=("text", "dit") if parts.company else (),
         )  # fmt: skip
-        return arrange(costs, room, self.wishes)
+        ways = ways_of(order.request.guidance_batch, order.plan)
+        return fastest([costs(at_once=at_once) for at_once in ways], room, self.wishes)
 
     # --- plan
 
@@ -252,20 +254,22 @@ class Pipeline:
                 )
 
     def _open(
-        self, order: Order, outputs: Sequence[Path], resume: Path | None, shortcuts: Shortcuts
+        self, order: Order, outputs: Sequence[Path], resume: Path | None, shortcuts: Shortcuts, *, at_once: bool
     ) -> tuple[Job | Memory, str]:
         """Where this run keeps its progress: a locked job folder, or nowhere."""
         if not outputs:
             return Memory(), ""
-        request = order.request
+        # What "auto" came to is what a continued run is asked for: other memory may be free then.
+        request = replace(order.request, guidance_batch="on" if at_once else None)
         if request.num == 1:
             request = replace(request, out=outputs[0])
+        bits = {"cache fit": shortcuts.fit, "guidance": "both passes at once" if at_once else None}
         record = Record(
             plan=order.plan,
             seeds=tuple(plan.seed for plan in order.plans),
             outputs=tuple(path.name for path in outputs),
             request=request_texts(request),
-            precision={**self.parts.precision, **({"cache fit": shortcuts.fit} if shortcuts.fit else {})},
+            precision={**self.parts.precision, **{name: word for name, word in bits.items() if word}},
             weights=self.weights(),
             machine={**machine_fingerprint(self.device, order.plan.noise_device), **self.parts.company},
         )
@@ -475,23 +479,22 @@ class Pipeline:
     ) -> Callable[[str, Forward], Velocity]:
         """How an expert becomes a velocity: under this conditioning, guided; what it answers is put into `said`."""
         scales = {span.expert: span.guidance for span in work.plan.spans}
-
-        def heard(name: str, velocity: Velocity) -> Velocity:
-            def listen(x: Tensor, t: float) -> Tensor:
-                v = velocity(x, t)
-                said[name] = v
-                return v
-
-            return listen
+        names = "velocity with the prompt", "velocity without the prompt"
+        with_prompt, without = conditioning.cond, conditioning.uncond
 
         def bind(name: str, dit: Forward) -> Velocity:
             said.clear()
-            with torch.no_grad():
-                cond = heard("velocity with the prompt", conditioned(dit, once(dit, conditioning.cond)))
-                uncond = None
-                if conditioning.uncond is not None and scales[name] != 1:
-                    uncond = heard("velocity without the prompt", conditioned(dit, once(dit, conditioning.uncond)))
-            return work.shortcuts.guide(cond, uncond, scales[name])
+            guide, scale = work.shortcuts.guide, scales[name]
+
+            def cond() -> Velocity:
+                return conditioned(heard(dit, said, names[0]), once(dit, with_prompt))
+
+            if without is None or scale == 1:
+                return guide(cond(), None, scale)
+            if work.at_once:
+                both = AtOnce(heard(dit, said, *names), once(dit, joined(with_prompt, without)))
+                return guide(later(cond), both, scale)
+            return guide(cond(), conditioned(heard(dit, said, names[1]), once(dit, without)), scale)
 
         return bind
 
@@ -667,7 +670,8 @@ def noise(plan: Plan, index: int = 0) -> Tensor:
 
 def once(dit: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """The keywords of the transformer for a clip: what its parts compute once, they compute here."""
-    given: Mapping[str, Any] = dit.once(inputs)
+    with torch.no_grad():
+        given: Mapping[str, Any] = dit.once(inputs)
     return given
 
 

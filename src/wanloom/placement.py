@@ -14,11 +14,14 @@ A part is
     cpu        the text encoder beside a GPU.  Its bits are another machine's, so only a person chooses it.
 
 What is asked for (`Wishes`) narrows the choice.  Nothing is ever put into fewer bits from here.
+
+Both passes of guidance may be made at once: twice the activations, and blocks that come and go do so once a step.  Of
+the `ways_of` doing it that were left open `fastest` takes the one that fits and waits least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -31,6 +34,8 @@ RESIDENT, SWAPPED, STREAMED, CPU = "resident", "swapped", "streamed", "cpu"
 HURRY = 0.05  # of the computing: an allowance for what reading beside it takes away from it
 SMALL = 0.25  # of what is free: so much may stay for the next run without being asked
 BEFORE = ("text", "audio")  # stages in which nothing that stays later is there yet
+# What a request says of the two passes of guidance -> whether they may be made at once.
+AT_ONCE: Mapping[str, tuple[bool, ...]] = {"off": (False,), "on": (True,), "auto": (False, True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class Costs:
     stages: with the whole weights of their part; parts: by the stage that is theirs (`PART_OF`).  beside: bytes on the
     device that are there whatever happens; host: bytes of the host beside a GPU, streaming: the same when the
     transformer streams; both 0 on a CPU.  seconds: of arithmetic, part -> seconds; feed: bytes a second at which
-    blocks come; disk: at which parts do.
+    blocks come; disk: at which parts do.  at_once: both passes of guidance are one.
     """
 
     stages: tuple[budget.StageNeed, ...]
@@ -72,6 +77,7 @@ class Costs:
     seconds: Mapping[str, float]
     feed: float
     disk: float
+    at_once: bool = False
 
 
 PART_OF = {"text": "text", "audio": "audio", "image": "vae", "denoise": "dit", "decode": "vae"}
@@ -105,7 +111,7 @@ class MemoryPlan:
     """modes: part -> mode; resident_blocks: of a streamed transformer; need: bytes at the peak, with the stages.
 
     waits: part -> seconds that bringing it or its blocks in takes beyond the arithmetic; keeps: everything stays, for
-    the next run as well.
+    the next run as well; at_once: both passes of guidance are one.
     """
 
     modes: Mapping[str, str]
@@ -113,6 +119,7 @@ class MemoryPlan:
     need: budget.Need
     waits: Mapping[str, float]
     keeps: bool = False
+    at_once: bool = False
 
     @property
     def extra(self) -> float:
@@ -138,6 +145,8 @@ class MemoryPlan:
             said.append("the text encoder is on the CPU")
         if not said:
             said.append("all parts stay" if self.keeps else "parts come and go")
+        if self.at_once:
+            said.append("both passes of guidance at once")
         return ", ".join(said)
 
 
@@ -159,6 +168,24 @@ def arrange(costs: Costs, room: Room, wishes: Wishes | None = None) -> MemoryPla
     return min(
         found, key=lambda plan: (room.over(plan.need), plan.extra, plan.streams, plan.need.gpu or plan.need.host)
     )
+
+
+def fastest(ways: Sequence[Costs], room: Room, wishes: Wishes | None = None) -> MemoryPlan:
+    """Of several ways to make the same run the one that waits least of those that fit; of equal ones the last.
+
+    When none fits, the one that is missing least; of equal ones the first.
+    """
+    found = [arrange(costs, room, wishes) for costs in ways]
+    fitting = [plan for plan in reversed(found) if room.over(plan.need) == (0, 0)]
+    if fitting:
+        return min(fitting, key=lambda plan: (plan.extra, plan.streams, not plan.keeps))
+    return min(found, key=lambda plan: room.over(plan.need))
+
+
+def ways_of(asked: str | None, plan: budget.Sized) -> tuple[bool, ...]:
+    """Whether both passes of guidance may be made at once, as `--guidance-batch` says; one pass never is."""
+    guided = any(span.guidance != 1 for span in plan.spans)
+    return AT_ONCE[asked or "off"] if guided else AT_ONCE["off"]
 
 
 def _is_small(costs: Costs, room: Room) -> bool:
@@ -210,7 +237,7 @@ def _weigh(costs: Costs, modes: Mapping[str, str], blocks: int | None, *, keeps:
         host = costs.streaming if modes["dit"] == STREAMED else costs.host
         need = budget.Need(costs.disk_bytes, host, peak, stages)
     return MemoryPlan(
-        modes=modes, resident_blocks=blocks, need=need, keeps=keeps,
+        modes=modes, resident_blocks=blocks, need=need, keeps=keeps, at_once=costs.at_once,
         waits={name: _wait(costs, name, modes[name], (blocks or 0) if name == "dit" else 0, keeps) for name in modes},
     )  # fmt: skip
 
@@ -242,7 +269,8 @@ def _bytes(
 def _wait(costs: Costs, name: str, mode: str, stay: int, keeps: bool) -> float:
     """Seconds to bring a part in, to wait for blocks that come more slowly than others compute, and what that costs.
 
-    Every block is read once in each way; passes behind the first read those again that do not stay.
+    Every block is read once in each way; passes behind the first read those again that do not stay.  Both passes of
+    guidance at once compute as long as two, and half as much is read beside it.
     """
     part = costs.parts[name]
     uses = part.count if keeps or mode == RESIDENT else max(part.uses, part.count)
@@ -251,7 +279,8 @@ def _wait(costs: Costs, name: str, mode: str, stay: int, keeps: bool) -> float:
         computing = costs.seconds.get(name, 0.0)
         away = part.blocks - min(stay, part.blocks)
         again = max(0, part.passes - uses) * away * part.block / costs.feed
-        seconds += max(0.0, again - computing) + HURRY * computing * away / part.blocks
+        hurry = HURRY / 2 if costs.at_once else HURRY
+        seconds += max(0.0, again - computing) + hurry * computing * away / part.blocks
     return seconds
 
 
@@ -262,26 +291,26 @@ def costs_of(
     plan: budget.Sized, variant: Variant, dtype: str, rates: Rates, *, on_gpu: bool, quantise: str | None = None,
     changed: bool = False, t5_cpu: bool = False, num: int = 1, host: int = 0, stored: Mapping[str, int] | None = None,
     vae_dtype: str = "float32", row_chunks: int | None = None, vae_rows: int | None = None,
-    held: Mapping[str, int] | None = None, unstreamed: Collection[str] = (),
+    held: Mapping[str, int] | None = None, unstreamed: Collection[str] = (), at_once: bool = False,
 ) -> Costs:  # fmt: skip
     """The numbers of `num` videos of a plan for one model.
 
     changed: the transformer's blocks are not those of its files (a LoRA); such and quantised ones can come and go on a
     GPU only, from the host's memory.  host: free bytes there, which keep files that are read again and again.  stored:
     part -> its bytes where its files have few bits; such stays whole, as blocks of it would come in full width.
-    vae_dtype, row_chunks, vae_rows: as for `budget.need`.  held: part -> bytes that this process has of it, where
-    several share its weights.  unstreamed: parts whose blocks do not come and go.
+    vae_dtype, row_chunks, vae_rows, at_once: as for `budget.need`.  held: part -> bytes that this process has of it,
+    where several share its weights.  unstreamed: parts whose blocks do not come and go.
     """
     stored = stored or {}
     whole, flowing = (
         budget.need(
             plan, variant, dtype, on_gpu=on_gpu, t5_cpu=t5_cpu, quantise=quantise, resident_blocks=blocks,
-            vae_dtype=vae_dtype, held=held, row_chunks=row_chunks, vae_rows=vae_rows,
+            vae_dtype=vae_dtype, held=held, row_chunks=row_chunks, vae_rows=vae_rows, at_once=at_once,
         )
         for blocks in (None, 0)
     )  # fmt: skip
     sizes = {**budget.part_bytes(variant, dtype, quantise=quantise), **stored, **(held or {})}
-    parts = _parts(plan, variant, sizes, num)
+    parts = _parts(plan, variant, sizes, num, at_once)
     fixed = {"dit"} if (quantise is not None or changed) and not on_gpu else set()
     fixed |= {"text"} if quantise is not None or t5_cpu else set()
     blocks = {
@@ -295,11 +324,13 @@ def costs_of(
         beside=budget.GPU_BASE if on_gpu else whole.host - max(stage.bytes for stage in whole.stages),
         host=whole.host if on_gpu else 0, streaming=flowing.host if on_gpu else 0, disk_bytes=whole.disk,
         seconds=_arithmetic(works(plan, variant, dtype, num=num), rates), disk=rates.disk,
-        feed=rates.copy if on_gpu and host > 2 * sizes["dit"] else min(rates.copy, rates.disk),
+        feed=rates.copy if on_gpu and host > 2 * sizes["dit"] else min(rates.copy, rates.disk), at_once=at_once,
     )  # fmt: skip
 
 
-def _parts(plan: budget.Sized, variant: Variant, sizes: Mapping[str, int], num: int) -> dict[str, Part]:
+def _parts(
+    plan: budget.Sized, variant: Variant, sizes: Mapping[str, int], num: int, at_once: bool
+) -> dict[str, Part]:  # fmt: skip
     """The parts with how often each is used: in clips, the transformer and the VAE take turns."""
     clips, experts = len(plan.segments), len(variant.experts)
     images = int(variant.conditioner != "text" and (bool(plan.inputs) or variant.conditioner != "clean_frame"))
@@ -311,7 +342,7 @@ def _parts(plan: budget.Sized, variant: Variant, sizes: Mapping[str, int], num: 
         "text": Part(bytes=sizes["text"], passes=prompts),
         "dit": Part(
             bytes=sizes["dit"], count=experts, uses=clips * num if in_clips else experts,
-            passes=passes_of(plan) * clips * num,
+            passes=passes_of(plan, at_once=at_once) * clips * num,
         ),
         "vae": Part(bytes=sizes["vae"], uses=uses),
     }  # fmt: skip

@@ -40,6 +40,7 @@ from wanloom.request import (
     Size,
     check_cache,
     check_device,
+    check_guidance_batch,
     check_guidance_mode,
     check_out,
     check_prompt,
@@ -206,8 +207,8 @@ def make_plan(
     them too and is recorded.  draft=True is for counting bytes: prompt and pictures may be absent.
     random_seed: what seed -1 becomes (a random number by default).
 
-    Errors: InputError E2002 to E2017, E2023, E2029 to E2032 and E2052, one per mistake, each naming the field and the
-    cure.
+    Errors: InputError E2002 to E2017, E2023, E2029 to E2032, E2052 and E2056, one per mistake, each naming the field
+    and the cure.
     """
     check_request(request, variant, draft=draft)
     given = {item.role: item.size for item in inputs}
@@ -226,6 +227,11 @@ def make_plan(
     shift, schedule = _schedule(request, variant, asked)
     _check_boundary(request.boundary_step, variant, schedule.steps)
     low_high = _guidance(request, variant)
+    spans = expert_spans(variant, schedule.timesteps, low_high, request.boundary_step)
+    if request.guidance_batch == "on" and all(span.guidance == 1 for span in spans):
+        raise InputError(
+            "E2023", "guidance-batch: with guidance 1 there is one pass. Leave it out, or raise --guidance."
+        )
     seed = _decide_seed(request, random_seed)
     cuts = _cuts(request, variant, frames, inputs, speech, animation)
     segments = tuple(_segment(variant, size, i, cut, seed) for i, cut in enumerate(cuts))
@@ -247,7 +253,7 @@ def make_plan(
         sigmas=schedule.sigmas,
         timesteps=schedule.timesteps,
         guidance=low_high,
-        spans=expert_spans(variant, schedule.timesteps, low_high, request.boundary_step),
+        spans=spans,
         seed=seed,
         noise_device=_default(request.noise_device, "cpu"),
         segments=segments,
@@ -343,6 +349,11 @@ def _check_shortcuts(request: Request) -> None:
         check_cache(request.cache)
     if request.guidance_mode is not None:
         check_guidance_mode(request.guidance_mode)
+    if request.guidance_batch is not None:
+        check_guidance_batch(request.guidance_batch)
+        if request.guidance_batch != "off" and request.cache is not None:
+            said = f"guidance-batch: {request.cache} decides about each pass by itself, and they cannot be made at once"
+            raise InputError("E2023", f"{said}. Leave --guidance-batch or --cache out.")
     threshold = request.cache_threshold
     if threshold is None:
         return

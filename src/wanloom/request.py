@@ -30,6 +30,7 @@ DTYPES = ("float32", "bfloat16")
 # Lossy ways to be faster; `runtime.caching.presets` and `sampling.guidance` have what they are.
 CACHE_NAMES = ("magcache", "magcache-fast", "teacache", "easycache", "easycache-fast", "taylor", "first-block")
 GUIDANCE_MODES = ("plain", "late", "late-once", "late-off", "zero-star")
+GUIDANCE_BATCHES = ("off", "auto", "on")  # whether its two passes are made at once; auto: where there is room
 # Fields that name a picture, a sound or a video the result is made from.
 ROLES = ("image", "last_image", "audio", "pose_video", "face_video", "background_video", "mask_video")
 
@@ -110,6 +111,10 @@ def parse_cache_threshold(text: str) -> float:
 
 def parse_guidance_mode(text: str) -> str:
     return check_guidance_mode(text)
+
+
+def parse_guidance_batch(text: str) -> str:
+    return check_guidance_batch(text)
 
 
 def parse_seed(text: str) -> int:
@@ -204,6 +209,13 @@ def check_guidance_mode(value: str) -> str:
     if value not in GUIDANCE_MODES:
         known = did_you_mean(str(value), GUIDANCE_MODES)
         raise InputError("E2048", f"guidance-mode: '{value}' is not known. {known}")
+    return value
+
+
+def check_guidance_batch(value: str) -> str:
+    if value not in GUIDANCE_BATCHES:
+        known = did_you_mean(str(value), GUIDANCE_BATCHES)
+        raise InputError("E2056", f"guidance-batch: '{value}' is not known. {known}")
     return value
 
 
@@ -418,6 +430,11 @@ class Request:
     quantise: str | None = _option(
         "run", parse_text, "weights in 8 bits: int8, fp8, int8-compute or fp8-compute", "quantize", metavar="NAME"
     )
+    guidance_batch: str | None = _option(
+        "run", parse_guidance_batch,
+        "make both passes of guidance at once, in twice the memory: on, off, or auto: where there is room",
+        metavar="NAME",
+    )  # fmt: skip
     resident_blocks: int | None = _option(
         "run", parse_resident_blocks,
         "keep N blocks of the transformer in memory and read the others when they are needed (0: least memory)",

@@ -27,6 +27,7 @@ from wanloom.runtime.caching.presets import figures, make_cache
 from wanloom.runtime.caching.published import WITH_PICTURE
 from wanloom.sampling.guidance import RECIPES, Guidance, guide
 from wanloom.sampling.samplers import Velocity
+from wanloom.sampling.velocity import AtOnce
 from wanloom.store import Store
 from wanloom.variants import Variant
 
@@ -112,10 +113,11 @@ class Shortcuts:
             finally:
                 self._cache = None
 
-    def guide(self, cond: Velocity, uncond: Velocity | None, scale: float) -> Velocity:
-        """The guided velocity of the two branches."""
+    def guide(self, cond: Velocity, uncond: Velocity | AtOnce | None, scale: float) -> Velocity:
+        """The guided velocity of the two branches; a pass of both at once is of none, and no cache is there."""
         cond = self.clock.within(COND, cond)
-        uncond = None if uncond is None else self.clock.within(UNCOND, uncond)
+        if uncond is not None and not isinstance(uncond, AtOnce):
+            uncond = self.clock.within(UNCOND, uncond)
         velocity = guide(cond, uncond, scale, self.clock, RECIPES[self._plan.guidance_mode])
         self._guidance = velocity if isinstance(velocity, Guidance) else None
         if self._guidance is not None:

@@ -49,9 +49,12 @@ class Work:
         device: str,
         shortcuts: Shortcuts,
         ladder: Ladder,
+        *,
+        at_once: bool = False,
     ) -> None:
         self.order, self.outputs, self.job = order, tuple(outputs), job
         self.shortcuts, self.ladder = shortcuts, ladder
+        self.at_once = at_once  # both passes of guidance
         self.plan, self.plans = order.plan, order.plans
         self.previewer: Previewer | None = None
         self.videos: list[Video] = []

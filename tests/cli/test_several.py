@@ -124,6 +124,7 @@ def test_the_layout_is_chosen_from_processes_heads_and_guidance() -> None:
         (several(cut=("text",)), {"quantise": "int8"}, "E2019", "--quantise"),
         (several(), {"cache": "easycache"}, "E2023", "one process"),
         (several(), {"compile": True}, "E2023", "one process"),
+        (several(), {"guidance_batch": "auto"}, "E2023", "one process"),
         (several(), {"device": "cuda:1"}, "E2023", "one each"),
         (several(sizes={"ring": 2, "cfg": 1}), {"attention": "plain"}, "E2023", "--ring-size 1"),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wanloom.sampling.guidance import RECIPES, Guidance, Recipe, guide, nearest_to
 from wanloom.sampling.samplers import Velocity
-from wanloom.sampling.velocity import guided
+from wanloom.sampling.velocity import AtOnce, guided
 
 STEPS = 8
 
@@ -52,6 +52,23 @@ def run(recipe: Recipe, *, videos: int = 1, scale: float = 3.0) -> tuple[list[Te
 def asked_without(recipe: Recipe) -> list[int]:
     """The steps in which the unconditional side was asked."""
     return [int(name[1:]) for name in run(recipe)[1] if name[0] == "u"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_at_once_a_recipe_makes_the_same_and_asks_the_second_pass_no_oftener(name: str) -> None:
+    place, model, recipe = Here(), Model(), RECIPES[name]
+    (want,), asked = run(recipe)
+    cond, uncond = model.side("c", place), model.side("u", place)
+
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        first, second = x.chunk(2)
+        return torch.cat((cond(first, 0.0), uncond(second, 0.0)))
+
+    velocity = guide(cond, AtOnce(forward, {}), 3.0, place, recipe)
+    x = torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    for place.step in range(STEPS):
+        x = x - velocity(x, 500.0) / STEPS
+    assert torch.equal(x, want) and model.asked == asked
 
 
 def test_switched_off_it_is_the_plain_guidance_itself() -> None:

@@ -20,7 +20,7 @@ from wanloom.models.config import DiTConfig, TextConfig
 from wanloom.models.dit import DiT
 from wanloom.sampling.samplers import SAMPLERS, Velocity, hold
 from wanloom.sampling.schedule import Schedule, make_schedule
-from wanloom.sampling.velocity import Experts, by_expert, conditioned, expert_for, guided
+from wanloom.sampling.velocity import AtOnce, Experts, by_expert, conditioned, expert_for, guided, heard, joined, later
 from wanloom.variants import VARIANTS, Variant
 
 TWO = (("high", 0.875), ("low", 0.0))
@@ -75,6 +75,54 @@ def test_without_guidance_the_second_pass_is_not_made(uncond_given: bool) -> Non
 
     velocity = guided(cond, never, 1.0) if uncond_given else guided(cond, None, 5.0)
     assert velocity(torch.zeros(1), 1.0).item() == 1.0
+
+
+def test_both_passes_at_once_ask_the_model_once_the_one_with_the_prompt_first() -> None:
+    asked: list[tuple[int, list[list[float]]]] = []
+    said: dict[str, Tensor] = {}
+
+    def forward(x: Tensor, t: Tensor, context: Tensor, group: Tensor) -> Tensor:
+        asked.append((len(x), t.tolist()))
+        return x + context[:, :, None, None, None]
+
+    group = torch.tensor([1, 0])
+    given = joined(
+        {"context": torch.tensor([[3.0]]), "group": group}, {"context": torch.tensor([[1.0]]), "group": group}
+    )
+    assert given["group"] is group
+    both = AtOnce(heard(forward, said, "with", "without"), given)
+    velocity = guided(later(lambda: pytest.fail("asked")), both, 4.0)
+    assert velocity(torch.zeros(1, 1, 1, 1, 1), 937.0).item() == 1.0 + 4.0 * 2.0
+    assert asked == [(2, [[937.0, 0.0]] * 2)]
+    assert (said["with"].item(), said["without"].item()) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("uncond", "said"),
+    [
+        ({"y": torch.zeros(1, 2), "group": torch.zeros(2)}, r"context is \[1, 3, 4\] with the prompt and absent"),
+        ({"context": torch.zeros(1, 2, 4), "group": torch.zeros(2)}, r"and \[1, 2, 4\] without"),
+        ({"context": torch.zeros(1, 3, 4), "group": torch.ones(2)}, "other groups"),
+        ({"context": torch.zeros(1, 3, 4), "group": torch.zeros(2), "y": torch.zeros(1)}, "y is absent with"),
+    ],
+    ids=str,
+)
+def test_passes_that_read_other_things_cannot_be_made_at_once(uncond: dict[str, Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        joined({"context": torch.zeros(1, 3, 4), "group": torch.zeros(2)}, uncond)
+
+
+def test_a_velocity_that_comes_later_is_made_once_and_only_if_asked() -> None:
+    made: list[int] = []
+
+    def make() -> Velocity:
+        made.append(1)
+        return lambda x, t: x * t
+
+    velocity = later(make)
+    assert made == []
+    assert [velocity(torch.ones(1), t).item() for t in (2.0, 3.0)] == [2.0, 3.0]
+    assert made == [1]
 
 
 # ---------------------------------------------------------------- experts

@@ -103,7 +103,11 @@ def describe(outlook: Outlook) -> dict[str, Any]:
         "checkpoint_bytes": outlook.fetch,
         "need": {**need, "flops": outlook.need.flops},
         "have": asdict(outlook.have),
-        "placement": {"modes": dict(outlook.memory.modes), "resident_blocks": outlook.memory.resident_blocks},
+        "placement": {
+            "modes": dict(outlook.memory.modes),
+            "resident_blocks": outlook.memory.resident_blocks,
+            "guidance_at_once": outlook.memory.at_once,
+        },
         "seconds": {**outlook.time.seconds, "total": outlook.time.total},
         "calibrated": outlook.time.measured,
         "earlier_runs": outlook.time.runs,
@@ -181,7 +185,7 @@ def verdict(outlook: Outlook) -> list[str]:
 def alternatives(outlook: Outlook) -> Iterator[str]:
     """Runs that fit this machine, as words for `wanloom plan`: what costs nothing first, then the least changed."""
     request, basis = outlook.request, outlook.basis
-    plain = replace(request, resident_blocks=None, offload_model=None)
+    plain = replace(request, resident_blocks=None, offload_model=None, guidance_batch=None)
     if plain != request and not look(plain, outlook.variant, basis).short:
         frames = None if outlook.variant.needs("audio") else outlook.plan.frames
         yield _words(outlook.variant, outlook.plan.asked, frames, outlook.dtype, {}, request.device)

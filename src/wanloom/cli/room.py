@@ -14,7 +14,7 @@ from wanloom.cli.doctor import torch_has_gpu_build
 from wanloom.cli.several import ALONE, Several
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.estimate import Seen, learned_bytes
-from wanloom.placement import MemoryPlan, Room, Wishes, arrange, costs_of
+from wanloom.placement import MemoryPlan, Room, Wishes, costs_of, fastest, ways_of
 from wanloom.plan import Plan
 from wanloom.rates import Rates, device_key, read_rates
 from wanloom.request import Request
@@ -119,6 +119,7 @@ def kind_of(request: Request, variant: Variant, *, on_gpu: bool, several: Severa
         "compile" if request.compile else None, "fused" if request.fused else None, request.vae_dtype,
         "preview" if request.preview else None, None if several.alone else f"{several.world} processes",
         None if request.row_chunks is None else "rows", None if request.vae_rows is None else "stripes",
+        None if request.guidance_batch in (None, "off") else f"guidance batch {request.guidance_batch}",
     )  # fmt: skip
     return " ".join((variant.name, dtype_of(request, on_gpu=on_gpu), *(word for word in switches if word)))
 
@@ -135,18 +136,22 @@ def place_of(
     dtype = dtype_of(request, on_gpu=on_gpu)
     plain = request.quantise is not None or request.resident_blocks is not None
     stored = {} if plain or files is None else stored_bytes(files, budget.DTYPE_BYTES[dtype])
-    costs = costs_of(
-        plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
-        changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
-        row_chunks=request.row_chunks, vae_rows=request.vae_rows,
-        stored=stored, vae_dtype=request.vae_dtype or "float32", held=several.held(variant, dtype),
-        unstreamed=() if several.alone else ("text", *(["dit"] if request.resident_blocks is None else [])),
-    )  # fmt: skip
+    ways = [
+        costs_of(
+            plan, variant, dtype, basis.rates, on_gpu=on_gpu, quantise=request.quantise,
+            changed=request.use_relighting_lora, t5_cpu=request.t5_cpu, num=request.num, host=have.host,
+            row_chunks=request.row_chunks, vae_rows=request.vae_rows, at_once=at_once,
+            stored=stored, vae_dtype=request.vae_dtype or "float32", held=several.held(variant, dtype),
+            unstreamed=() if several.alone else ("text", *(["dit"] if request.resident_blocks is None else [])),
+        )
+        for at_once in ways_of(request.guidance_batch, plan)
+    ]  # fmt: skip
     wishes = Wishes(resident_blocks=request.resident_blocks, offload=request.offload_model, t5_cpu=request.t5_cpu)
-    found = arrange(costs, Room((have.gpu or 0) if on_gpu else None, have.host), wishes)
+    found = fastest(ways, Room((have.gpu or 0) if on_gpu else None, have.host), wishes)
     more = learned_bytes(basis.seen, kind_of(request, variant, on_gpu=on_gpu, several=several), found.need.host)
     if more and not on_gpu:
-        found = arrange(replace(costs, beside=costs.beside + more), Room(None, have.host), wishes)
+        larger = [replace(costs, beside=costs.beside + more) for costs in ways]
+        found = fastest(larger, Room(None, have.host), wishes)
     return found
 
 

@@ -142,6 +142,7 @@ def _refuse_options(request: Request, layout: Layout) -> None:
         ("cache", request.cache is not None),
         ("compile", request.compile),
         ("row-chunks", request.row_chunks is not None),
+        ("guidance-batch", request.guidance_batch not in (None, "off")),
     ):
         if asked:
             raise InputError("E2023", f"{option}: works in a run of one process. Leave it out.")

@@ -18,9 +18,10 @@ class Conditioning:
     """What `DiT.once` takes for both passes of guidance, latents to hold, and what is decoded.
 
     cond, uncond: context [1, text_len, text_dim], y [1, Cy, T, h, w], image [1, 257 or 514, dim], group [T], and what
-    the parts of an adapter read; uncond is None when no step is guided.  clean [1, C, n, h, w]: the first n latent
-    frames, which are given and not generated.  lead [1, C, n, h, w]: latents that the decoder gets before those of the
-    clip; drop: latent frames at the start of the clip that it does not get.
+    the parts of an adapter read, [1, ...]; uncond is None when no step is guided, and else has the same names and
+    shapes, as both passes may be made at once.  clean [1, C, n, h, w]: the first n latent frames, which are given and
+    not generated.  lead [1, C, n, h, w]: latents that the decoder gets before those of the clip; drop: latent frames at
+    the start of the clip that it does not get.
     """
 
     cond: Mapping[str, Tensor]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wanloom.sampling.samplers import Velocity
-from wanloom.sampling.velocity import guided
+from wanloom.sampling.velocity import AtOnce, both_of, guided
 
 
 class Place(Protocol):
@@ -65,10 +65,11 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def guide(cond: Velocity, uncond: Velocity | None, scale: float, place: Place, recipe: Recipe) -> Velocity:
+def guide(cond: Velocity, uncond: Velocity | AtOnce | None, scale: float, place: Place, recipe: Recipe) -> Velocity:
     """The guided velocity of two, as `velocity.guided`, and exactly that with the plain recipe.
 
-    Without guidance (scale 1, or no `uncond`) only the `zero` steps remain of a recipe.
+    Without guidance (scale 1, or no `uncond`) only the `zero` steps remain of a recipe.  With both passes at once those
+    steps that a recipe makes without the second ask `cond` alone.
     """
     plain = recipe.late == 1 and not recipe.optimised
     if recipe.zero == 0 and (uncond is None or scale == 1 or plain):
@@ -83,8 +84,11 @@ class Guidance:
     Memory: the guiding direction, one tensor of the latents' size for each video, if the recipe is late and not off.
     """
 
-    def __init__(self, cond: Velocity, uncond: Velocity | None, scale: float, place: Place, recipe: Recipe) -> None:
-        self.cond, self.uncond, self.scale = cond, uncond, scale
+    def __init__(
+        self, cond: Velocity, uncond: Velocity | AtOnce | None, scale: float, place: Place, recipe: Recipe
+    ) -> None:
+        self.cond, self.scale = cond, scale
+        self.both = None if uncond is None else both_of(cond, uncond)
         self.place, self.recipe = place, recipe
         self._kept: dict[int, tuple[int, Tensor]] = {}  # video -> the step it was made in, and cond - uncond
 
@@ -92,15 +96,15 @@ class Guidance:
         place, recipe = self.place, self.recipe
         if place.step < recipe.zero:
             return torch.zeros_like(x)
-        with_prompt = self.cond(x, t)
         late = place.step >= recipe.late * place.steps
-        if self.uncond is None or (late and recipe.off):
-            return with_prompt
+        if self.both is None or (late and recipe.off):
+            return self.cond(x, t)
         direction = self._direction() if late else None
         if direction is not None:
+            with_prompt = self.cond(x, t)
             without = with_prompt - direction
         else:
-            without = self.uncond(x, t)
+            with_prompt, without = self.both(x, t)
             if recipe.late < 1 and not recipe.off:
                 self._kept[place.video] = place.step, with_prompt - without
         if recipe.optimised:

@@ -8,20 +8,24 @@ Everything here makes a `Velocity`, a function (x, t) -> v, from functions; a fo
 
     with Experts((("high_noise_model", 0.875), ("low_noise_model", 0.0)), use, bind) as velocity:
         for step in SAMPLERS["unipc"](velocity, noise, schedule): ...
+
+In place of the second velocity, `AtOnce(forward, joined(cond, uncond))` makes both passes in one call of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from wanloom.sampling.samplers import Velocity
 
 Forward = Callable[..., Tensor]  # (x [B, C, F, H, W], t [B, G], **conditioning) -> v [B, C, F, H, W] float32
+Both = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (x, t) -> v with the prompt, v without it
 
 
 def conditioned(forward: Forward, conditioning: Mapping[str, Tensor | None]) -> Velocity:
@@ -40,17 +44,73 @@ def conditioned(forward: Forward, conditioning: Mapping[str, Tensor | None]) -> 
     return velocity
 
 
-def guided(cond: Velocity, uncond: Velocity | None, scale: float) -> Velocity:
+def heard(forward: Forward, said: dict[str, Tensor], *names: str) -> Forward:
+    """The same function; what it answers last is put into `said`, cut among the names when there are several."""
+
+    def listen(*args: Tensor, **given: Tensor | None) -> Tensor:
+        v = forward(*args, **given)
+        said.update(zip(names, v.chunk(len(names)), strict=True))
+        return v
+
+    return listen
+
+
+class AtOnce:
+    """Both passes of guidance in one call of the model: (x, t) -> v with the prompt, v without it.
+
+    given: what `forward` takes beside x and t for twice as many samples, those with the prompt first; see `joined`.
+    Exact to rounding, as products of more rows may be summed in another order.  The activations are those of two
+    passes; weights that come and go do so once.
+    """
+
+    def __init__(self, forward: Forward, given: Mapping[str, Tensor | None]) -> None:
+        self._velocity = conditioned(forward, given)
+
+    def __call__(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        with_prompt, without = self._velocity(torch.cat((x, x)), t).chunk(2)
+        return with_prompt, without
+
+
+def joined(cond: Mapping[str, Tensor], uncond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two conditionings as one of twice as many samples, those of `cond` first.
+
+    All tensors are [B, ...] but `group` [F], which is of frames and has to be the same in both.  To be called before
+    parts of the model compute what they keep for a clip (`DiT.once`), which need not be [B, ...].  Raises ValueError
+    for what is in one of them only, or has another shape there.
+    """
+    for name in {**cond, **uncond}:
+        shapes = [list(side[name].shape) if name in side else "absent" for side in (cond, uncond)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"two passes at once: {name} is {shapes[0]} with the prompt and {shapes[1]} without")
+    if "group" in cond and not torch.equal(cond["group"], uncond["group"]):
+        raise ValueError("two passes at once: the frames have other groups with the prompt than without")
+    return {name: value if name == "group" else torch.cat((value, uncond[name])) for name, value in cond.items()}
+
+
+def later(make: Callable[[], Velocity]) -> Velocity:
+    """The velocity that `make` gives, which is called when the first is asked for, and not again."""
+    made = cache(make)
+    return lambda x, t: made()(x, t)
+
+
+def guided(cond: Velocity, uncond: Velocity | AtOnce | None, scale: float) -> Velocity:
     """v_uncond + scale * (v_cond - v_uncond).  With scale 1, or nothing to guide away from, `cond` alone is called."""
     if uncond is None or scale == 1:
         return cond
+    both = both_of(cond, uncond)
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        with_prompt = cond(x, t)
-        without = uncond(x, t)
+        with_prompt, without = both(x, t)
         return without + scale * (with_prompt - without)
 
     return velocity
+
+
+def both_of(cond: Velocity, uncond: Velocity | AtOnce) -> Both:
+    """The two passes one after the other, the one with the prompt first as in the reference; or at once."""
+    if isinstance(uncond, AtOnce):
+        return uncond
+    return lambda x, t: (cond(x, t), uncond(x, t))
 
 
 def expert_for(experts: Sequence[tuple[str, float]], t: float) -> str:
