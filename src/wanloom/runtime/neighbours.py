@@ -84,11 +84,8 @@ class RowTape(Tape):
         halo = height if halo is None else halo
         found = []
         for begin, end in ((each * begin, each * end) for begin, end in self._dealt):
-            here = begin < end
-            found.append(
-                Stripe(begin, end, max(0, begin - halo), min(height, end + halo))
-                if here else Stripe(begin, end, begin, end)
-            )  # fmt: skip
+            more = halo if begin < end else 0  # who has nothing needs nothing
+            found.append(Stripe(begin, end, max(0, begin - more), min(height, end + more)))
         return found
 
 
