@@ -9,6 +9,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def make(folder: Path, case: Case, crew: Crew | None) -> Tensor:
         options = {}  # which changes nothing
     picture = {"image": folder / "cat.png"} if fields.get("image") else {}
     if "clips" in fields:
-        fields = {"size": None, "frames": None, **three_clips(folder)[fields["clips"]]}
+        fields = {"size": None, "frames": None, **three_clips(Path(mkdtemp(dir=folder)))[fields["clips"]]}
     pipe = Pipeline(survey(VARIANTS[model], files), files, device="cpu", dtype="float32", **options)
     return pipe.run(Request(**{**PLAIN, **fields, **picture})).videos[0].latents
 
