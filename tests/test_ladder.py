@@ -165,6 +165,7 @@ class PartsOnAGpu:
     resident_blocks: int | None = None
     vae_rows: int | None = None
     vae_device = "cuda"
+    vae_shared = False
     released = 0
 
     def release(self) -> None:

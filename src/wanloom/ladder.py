@@ -3,6 +3,8 @@
 Denoising   is taken up at the step where it struck, with the blocks of the transformer coming and going: the same bits.
 Decoding    begins again from the latents, which are there: without the transformer beside it, in stripes of rows (the
             same numbers to rounding), in smaller stripes, on the CPU.  Frames that were given are not given again.
+            Of several processes the first goes on alone, before all that: the others wait for it in the middle of
+            something that it can no longer do, and no clip after this one can be denoised without them.
 
 Nothing that was denoised is denoised again, and nothing that a person chose - size, frames, steps - is changed.  Each
 step down is said once, is in the Result, and in the job folder: a run that goes on begins where it had come down to.
@@ -24,19 +26,12 @@ from torch import Tensor
 
 from wanloom.errors import InputError, WanloomWarning
 from wanloom.jobs import Job, Memory, resume_command
-from wanloom.parts import Parts
+from wanloom.parts import Parts, out_of_memory
 from wanloom.sampling.velocity import Experts
 
 SHARES = (4, 16)  # of a frame's rows: stripes, smaller stripes
 LEAST = 8  # rows of pixels in a stripe
 RECORD = "lowered"  # of the job folder
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory was refused, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class Catch:
@@ -90,7 +85,8 @@ class Ladder:
     def __exit__(self, *_: object) -> None:
         if self._settings() != self._asked:
             self._parts.release()
-            self._parts.resident_blocks, self._parts.vae_rows, self._parts.vae_device = self._asked
+            parts = self._parts
+            parts.resident_blocks, parts.vae_rows, parts.vae_device, parts.vae_shared = self._asked
 
     # --- steps down
 
@@ -114,7 +110,9 @@ class Ladder:
         """
         parts = self._parts
         smaller = [rows for rows in self._stripes() if rows < (parts.vae_rows or self._height)]
-        if self.beside is not None and self.beside.name is not None and not self._alone:
+        if parts.vae_shared:
+            parts.vae_shared, how = False, "by the first process alone"
+        elif self.beside is not None and self.beside.name is not None and not self._alone:
             self._alone, how = True, "the transformer leaves before"
         elif smaller:
             parts.vae_rows, how = smaller[0], f"in stripes of {smaller[0]} rows"
@@ -147,16 +145,20 @@ class Ladder:
 
     # --- what is remembered
 
-    def _settings(self) -> tuple[int | None, int | None, str]:
-        return self._parts.resident_blocks, self._parts.vae_rows, self._parts.vae_device
+    def _settings(self) -> tuple[int | None, int | None, str, bool]:
+        parts = self._parts
+        return parts.resident_blocks, parts.vae_rows, parts.vae_device, parts.vae_shared
 
     def _took(self, code: str, stage: str, how: str) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.taken.append(f"{stage}: {how}")
-        blocks, rows, device = self._settings()
-        numbers = {"alone": int(self._alone), "blocks": blocks, "rows": rows, "on_cpu": int(device == "cpu")}
+        blocks, rows, device, shared = self._settings()
+        numbers = {
+            "alone": int(self._alone), "blocks": blocks, "rows": rows, "on_cpu": int(device == "cpu"),
+            "by_first": int(self._asked[3] and not shared),
+        }  # fmt: skip
         self._job.save(RECORD, {name: torch.tensor(value) for name, value in numbers.items() if value is not None})
         warnings.warn(WanloomWarning(f"{code}: memory ran out in {stage}; it goes on: {how}."), stacklevel=3)
 
@@ -165,6 +167,9 @@ class Ladder:
         parts, numbers = self._parts, {name: int(value) for name, value in saved.items()}
         if numbers.get("blocks") == 0 and parts.resident_blocks != 0 and parts.stream():
             self.taken.append("denoising: the blocks of the transformer come and go")
+        if numbers.get("by_first") and parts.vae_shared:
+            parts.vae_shared = False
+            self.taken.append("decoding: by the first process alone")
         if numbers.get("alone"):
             self._alone = True
         if "rows" in numbers and numbers["rows"] != parts.vae_rows:

@@ -108,6 +108,7 @@ class Parts:
         self.row_chunks, self.vae_rows = check_rows("row-chunks", row_chunks), check_rows("vae-rows", vae_rows)
         self.device, self.dtype, self.text_device = device, dtype, text_device or device
         self.vae_device = device  # the CPU when nothing else is left: see `Ladder`
+        self.vae_shared = False  # whether other processes have their rows of it: see `Together`
         small = self._small() if resident is None else resident
         self.staying = frozenset(BUILD) if small else frozenset[str]()  # parts that are kept between uses
         self.text_streamed = False
@@ -277,9 +278,14 @@ class Parts:
             module.streamed = StreamedLayers(module.get_submodule("encoder.block").children(), source, device)
         else:
             self._fill(part, module, weights, dtype, device)
-        if isinstance(module, CausalVae) and self.vae_rows is not None:
-            stripe(module, self.vae_rows, aside=None if device == "cpu" else "cpu")
+        if isinstance(module, CausalVae):
+            self._cut_rows(module, aside=None if device == "cpu" else "cpu")
         return module.eval().requires_grad_(False)
+
+    def _cut_rows(self, vae: CausalVae, aside: str | None) -> None:
+        """The VAE's layers as they go through the rows of a frame."""
+        if self.vae_rows is not None:
+            stripe(vae, self.vae_rows, aside=aside)
 
     def _fill(self, part: str, module: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
         """Any other part with its weights."""
@@ -347,6 +353,13 @@ BUILD: dict[str, Callable[[Variant], nn.Module]] = {
 def _there(config: Any, variant: Variant) -> Any:
     assert config is not None, f"{variant.name} has no such part"
     return config
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory was refused, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def release(module: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""Parts that several processes compute together: the transformer, whose tokens and weights are cut among them.
+"""Parts that several processes compute together: the transformer, whose tokens and weights are cut among them, and the
+VAE, whose rows are.
 
 The first process runs the pipeline, alone in knowing of files, steps and events; where its pipeline asks for a
-transformer, every process brings one in, and each call of it is an order to all (`runtime/crew.py`).  So nothing that
-a run keeps - state, seeds, job folder - depends on how many processes there are.
+transformer or a VAE, every process brings one in, and each call of it is an order to all (`runtime/crew.py`).  So
+nothing that a run keeps - state, seeds, job folder - depends on how many processes there are.
 
     crew, board = meet(place)
     Pipeline(variant, files, device=..., make_parts=partial(Together, crew=crew, layout=layout))    # the first
@@ -13,9 +14,11 @@ All other parts run on the first process, while the others wait; the text encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,15 @@ from wanloom.checkpoint.find import Files
 from wanloom.checkpoint.load import load_into, survey
 from wanloom.checkpoint.weights import Weights
 from wanloom.durable import failpoint
+from wanloom.errors import InputError
 from wanloom.models.layers import use_ops
-from wanloom.parts import Parts
+from wanloom.models.vae import CausalVae
+from wanloom.parts import Parts, out_of_memory
 from wanloom.runtime.attention import use_kernel
 from wanloom.runtime.crew import Crew
 from wanloom.runtime.fused import FUSED
 from wanloom.runtime.layouts import Layout
+from wanloom.runtime.neighbours import deal_out
 from wanloom.runtime.parallel import gather, open_mesh
 from wanloom.runtime.sequence import Sequenced
 from wanloom.runtime.sharding import shard, share_of
@@ -46,20 +52,23 @@ class Together(Parts):
     """The parts of a model among the processes of `crew`, laid out as `layout`.
 
     cut: which parts' weights are cut among the processes ("dit", "text"), so that none holds them whole.
+    vae_parallel: whether each has its rows of what the VAE makes; False: the first has all of them.
     others: as for `Parts`; the first process's are told to the others.
     """
 
     def __init__(
-        self, variant: Variant, files: Files, *, crew: Crew, layout: Layout, cut: Sequence[str] = (), **options: Any
-    ) -> None:
+        self, variant: Variant, files: Files, *, crew: Crew, layout: Layout, cut: Sequence[str] = (),
+        vae_parallel: bool = True, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(variant, files, **options)
         self.crew, self.layout, self.cut = crew, layout, tuple(cut)
-        self.shared = {"dit": Asked, **({"text": AskedText} if "text" in self.cut else {})}
+        self.vae_parallel = self.vae_shared = vae_parallel
+        self._numbers = count()  # of uses: one may begin before another has ended
         self._kind = torch.device(self.device).type
         if crew.first:
             told = {**options, "resident": bool(self.staying)}
             del told["device"]
-            crew.tell("parts", self._kind, variant.name, _texts(files), asdict(layout), self.cut, told)
+            crew.tell("parts", self._kind, variant.name, _texts(files), asdict(layout), self.cut, vae_parallel, told)
         with crew.exchange():
             self.mesh = open_mesh(layout, self._kind)
 
@@ -69,7 +78,7 @@ class Together(Parts):
 
     @property
     def company(self) -> dict[str, str]:
-        return {"processes": str(self.layout)}
+        return {"processes": f"{self.layout}{'' if self.vae_parallel else ', the VAE on the first'}"}
 
     def wear(self, lora: Path | None) -> None:
         if self.crew.first:
@@ -89,18 +98,27 @@ class Together(Parts):
     @contextmanager
     def use(self, part: str, expert: str | None = None) -> Iterator[Any]:
         """On the first process: of a shared part what is called as the part is, and asks all."""
-        if part not in self.shared:
+        if not self._is_shared(part):
             with super().use(part, expert) as module:
                 yield module
             return
-        self.crew.tell("use", part, expert)
-        with self.hold(part, expert) as module:
-            yield self.shared[part](module, self)
-            self.crew.tell("leave")
+        number = next(self._numbers)
+        self.crew.tell("use", number, part, expert)
+        try:
+            with self.hold(part, expert) as own:
+                yield ASKED[part](own, self, number)
+        finally:
+            self.crew.tell("leave", number)
 
-    def hold(self, part: str, expert: str | None) -> AbstractContextManager[Any]:
-        """This process's module of a shared part, for as long as the block lasts."""
-        return super().use(part, expert)
+    @contextmanager
+    def hold(self, part: str, expert: str | None) -> Iterator[Any]:
+        """This process's own of a shared part, for as long as the block lasts."""
+        with super().use(part, expert) as module:
+            yield OWN[part](module, self)
+
+    def _is_shared(self, part: str) -> bool:
+        shared = {"dit": True, "text": "text" in self.cut, "vae": self.vae_shared, "decoder": self.vae_shared}
+        return shared.get(part, False)
 
     def _load(self, part: str, expert: str | None) -> nn.Module:
         module = super()._load(part, expert)
@@ -108,6 +126,12 @@ class Together(Parts):
             for inner in module.modules():
                 inner.register_forward_hook(_beat)
         return module
+
+    def _cut_rows(self, vae: CausalVae, aside: str | None) -> None:
+        if self.vae_shared:
+            deal_out(vae, rows=self.vae_rows, aside=aside)
+        else:
+            super()._cut_rows(vae, aside)
 
     def _fill(self, part: str, module: nn.Module, weights: Weights, dtype: torch.dtype, device: str) -> None:
         if part in self.cut:
@@ -139,7 +163,7 @@ def _beat(*_: Any) -> None:
     pulse.beat()
 
 
-# ---------------------------------------------------------------- a shared part, as the first process calls it
+# ---------------------------------------------------------------- what each process does with its own of a shared part
 
 
 class Branches:
@@ -149,14 +173,14 @@ class Branches:
         self.dit, self.parts = dit, parts
         self.given: dict[int, Mapping[str, Any]] = {}
 
-    def once(self, number: int, inputs: Mapping[str, Tensor]) -> None:
+    def once(self, number: int, **inputs: Tensor) -> None:
         """`DiT.once` for what is `number` from now on."""
         with torch.no_grad(), self.parts.crew.exchange():
             self.given[number] = self.dit.once(inputs)
         for old in sorted(self.given)[:-KEPT]:
             del self.given[old]
 
-    def forward(self, x: Tensor, t: Tensor, number: int, other: int | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, number: int, other: int | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The velocity under what is `number`, and under what is `other` where each has its half of the processes."""
         mesh = self.parts.mesh
         with torch.no_grad(), self.parts.crew.exchange():
@@ -168,6 +192,57 @@ class Branches:
             return first, second
 
 
+class Coder:
+    """This process's VAE, and the stream under way: of latents to decode, or of pieces to encode."""
+
+    def __init__(self, vae: CausalVae, parts: Together) -> None:
+        self.vae, self.crew = vae, parts.crew
+        self._given: deque[Tensor] = deque()  # the piece to encode next
+        self._stream: Iterator[Tensor] = iter(())
+
+    def decode(self, latents_per_chunk: int, z: Tensor) -> None:
+        """Begin to decode, as `CausalVae.decode_chunks`."""
+        self._stream = self.vae.decode_chunks(z, latents_per_chunk)
+
+    def encode(self) -> None:
+        """Begin to encode, as `CausalVae.encode_chunks`."""
+        self._stream = self.vae.encode_chunks(iter(self._given.popleft, None))
+
+    def piece(self, video: Tensor | None = None) -> Tensor:
+        """The next piece, of `video` where there is something to encode.
+
+        Error: E5007 when memory runs out on another process than the first, which has its own ways (`ladder.py`).
+        """
+        if video is not None:
+            self._given.append(video)
+        try:
+            with torch.no_grad(), self.crew.exchange():
+                return next(self._stream)
+        except (RuntimeError, MemoryError) as error:
+            if self.crew.first or not out_of_memory(error):
+                raise
+            cure = "Continue with --vae-parallel off, which lets the first process decode alone."
+            raise InputError("E5007", f"memory: it ran out in its rows of the VAE. {cure}") from error
+
+
+class Encoding:
+    """This process's part of a text encoder whose weights are cut."""
+
+    def __init__(self, encoder: Any, parts: Together) -> None:
+        self.encoder, self.crew = encoder, parts.crew
+
+    def encode(self, ids: Tensor) -> Any:
+        with torch.no_grad(), self.crew.exchange():
+            return self.encoder(input_ids=ids)
+
+
+CALLS = {"once", "forward", "encode", "decode", "piece"}  # orders that are methods of these
+OWN = {"dit": Branches, "vae": Coder, "decoder": Coder, "text": Encoding}
+
+
+# ---------------------------------------------------------------- a shared part, as the first process calls it
+
+
 class Asked:
     """A transformer of all processes, called on the first one as `DiT` is; see `sampling.velocity.conditioned`.
 
@@ -175,16 +250,16 @@ class Asked:
     it is.
     """
 
-    def __init__(self, dit: Any, parts: Together) -> None:
-        self._branches, self._parts = Branches(dit, parts), parts
+    def __init__(self, branches: Branches, parts: Together, use: int) -> None:
+        self._branches, self._parts, self._use = branches, parts, use
         self._number = 0
         self._spare: tuple[int, Tensor, Tensor, Tensor] | None = None  # number, x, t, velocity
 
     def once(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """As `DiT.once`; what comes out stays on every process, and its number stands for it."""
         self._number += 1
-        self._parts.crew.tell("once", self._number, **inputs)
-        self._branches.once(self._number, inputs)
+        self._parts.crew.tell("once", self._use, self._number, **inputs)
+        self._branches.once(self._number, **inputs)
         return {"number": self._number, **({"group": inputs["group"]} if "group" in inputs else {})}
 
     def __call__(self, x: Tensor, t: Tensor, *, number: int, group: Tensor | None = None) -> Tensor:
@@ -194,8 +269,8 @@ class Asked:
             return spare[3]
         halves = self._parts.layout.cfg == 2
         other = next((n for n in self._branches.given if n != number), None) if halves else None
-        self._parts.crew.tell("forward", number, other, x=x, t=t)
-        v, second = self._branches.forward(x, t, number, other)
+        self._parts.crew.tell("forward", self._use, number, other, x=x, t=t)
+        v, second = self._branches.forward(number, other, x, t)
         if other is not None and second is not None:
             self._spare = other, x, t, second
         return v
@@ -204,14 +279,49 @@ class Asked:
 class AskedText:
     """A text encoder whose weights are cut: called on the first process as transformers' is."""
 
-    def __init__(self, encoder: Any, parts: Together) -> None:
-        self._encoder, self._crew = encoder, parts.crew
-        self.shared = encoder.shared
+    def __init__(self, own: Encoding, parts: Together, use: int) -> None:
+        self._own, self._crew, self._use = own, parts.crew, use
+        self.shared = own.encoder.shared
 
     def __call__(self, input_ids: Tensor) -> Any:
-        self._crew.tell("encode", ids=input_ids)
-        with self._crew.exchange():
-            return self._encoder(input_ids=input_ids)
+        self._crew.tell("encode", self._use, ids=input_ids)
+        return self._own.encode(input_ids)
+
+
+class AskedVae:
+    """A VAE of which each process computes its rows: called on the first process as `CausalVae` is.
+
+    One stream at a time; what it remembers stays here and there, so no state goes in or comes out.
+    """
+
+    def __init__(self, coder: Coder, parts: Together, use: int) -> None:
+        self._coder, self._crew, self._use = coder, parts.crew, use
+        self.config, self.conv1, self.conv2 = coder.vae.config, coder.vae.conv1, coder.vae.conv2
+
+    def encode(self, video: Tensor) -> tuple[Tensor, None]:
+        """A whole clip in one piece."""
+        return next(self.encode_chunks([video])), None
+
+    def decode(self, z: Tensor) -> tuple[Tensor, None]:
+        """A whole clip in one piece."""
+        return next(self.decode_chunks(z, z.shape[2])), None
+
+    def encode_chunks(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        self._crew.tell("encode", self._use)
+        self._coder.encode()
+        for video in frames:
+            self._crew.tell("piece", self._use, video=video)
+            yield self._coder.piece(video)
+
+    def decode_chunks(self, z: Tensor, latents_per_chunk: int = 1) -> Iterator[Tensor]:
+        self._crew.tell("decode", self._use, latents_per_chunk, z=z)
+        self._coder.decode(latents_per_chunk, z)
+        for _ in range(0, z.shape[2], latents_per_chunk):
+            self._crew.tell("piece", self._use)
+            yield self._coder.piece()
+
+
+ASKED = {"dit": Asked, "vae": AskedVae, "decoder": AskedVae, "text": AskedText}
 
 
 # ---------------------------------------------------------------- the other processes
@@ -219,12 +329,13 @@ class AskedText:
 
 def serve(crew: Crew) -> None:
     """Do what the first process orders, until it says that this is the end.  Raises Lost when it is gone."""
-    kind, name, texts, layout, cut, options = crew.hear().words
+    kind, name, texts, layout, cut, vae_parallel, options = crew.hear().words
     device = crew.compute_on(kind)
     files = _files(texts)
     parts = Together(
-        survey(VARIANTS[name], files), files, crew=crew, layout=Layout(**layout), cut=cut, device=device, **options
-    )
+        survey(VARIANTS[name], files), files, crew=crew, layout=Layout(**layout), cut=cut, vae_parallel=vae_parallel,
+        device=device, **options,
+    )  # fmt: skip
     server = _Server(parts)
     while server.answer():
         pass
@@ -235,20 +346,23 @@ class _Server:
 
     def __init__(self, parts: Together) -> None:
         self.parts = parts
-        self._open: AbstractContextManager[Any] | None = None
-        self._module: Any = None
+        self._open: dict[int, tuple[AbstractContextManager[Any], Any]] = {}  # number of a use -> what is held, its own
         self._orders: dict[str, Callable[..., None]] = {
-            "wear": self._wear, "use": self._use, "leave": self._leave, "once": self._once, "forward": self._forward,
-            "encode": self._encode, "keep": self._keep, "release": self._release,
+            "wear": self._wear, "use": self._use, "leave": self._leave, "keep": self._keep, "release": self._release
         }  # fmt: skip
 
     def answer(self) -> bool:
         """Wait for an order and follow it; False when it was the last."""
         order = self.parts.crew.hear()
         failpoint("order")
+        failpoint(f"order {order.what}")
         if order.what == "end":
             return False
-        self._orders[order.what](*order.words, **order.tensors)
+        if order.what in CALLS:
+            use, *words = order.words
+            getattr(self._open[use][1], order.what)(*words, **order.tensors)
+        else:
+            self._orders[order.what](*order.words)
         return True
 
     def _wear(self, lora: str | None) -> None:
@@ -260,25 +374,13 @@ class _Server:
     def _release(self) -> None:
         self.parts.release()
 
-    def _use(self, part: str, expert: str | None) -> None:
-        self._open = self.parts.hold(part, expert)
-        module = self._open.__enter__()
-        self._module = Branches(module, self.parts) if part == "dit" else module
+    def _use(self, number: int, part: str, expert: str | None) -> None:
+        held = self.parts.hold(part, expert)
+        self._open[number] = held, held.__enter__()
 
-    def _leave(self) -> None:
-        assert self._open is not None, "what is left was entered"
-        self._module = None
-        self._open.__exit__(None, None, None)
-
-    def _once(self, number: int, **inputs: Tensor) -> None:
-        self._module.once(number, inputs)
-
-    def _forward(self, number: int, other: int | None, *, x: Tensor, t: Tensor) -> None:
-        self._module.forward(x, t, number, other)
-
-    def _encode(self, *, ids: Tensor) -> None:
-        with torch.no_grad(), self.parts.crew.exchange():
-            self._module(input_ids=ids)
+    def _leave(self, number: int) -> None:
+        held, _ = self._open.pop(number)
+        held.__exit__(None, None, None)
 
 
 def _texts(files: Files) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def test_options_are_read_and_taken_out() -> None:
     assert found.sizes == {"ulysses": 2, "cfg": 1}
     assert found.cut == ("dit",)
     assert read_several({"t5_fsdp": "False", "ring_size": "1"}, {}) == Several(sizes={"ring": 1})
+    assert read_several({"gpus": "2", "vae_parallel": "off"}, {}).vae_parallel is False
+    assert found.vae_parallel is None
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_options_are_read_and_taken_out() -> None:
         ({"ulysses_size": "-1"}, {}, "E2018"),
         ({"ring_size": "1.5"}, {}, "E2018"),
         ({"dit_fsdp": "perhaps"}, {}, "E2022"),
+        ({"vae_parallel": "perhaps"}, {}, "E2022"),
         ({"gpus": "2"}, {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "2"}, "E2023"),
         ({}, {"RANK": "foo", "WORLD_SIZE": "2", **TORCHRUN}, "E8001"),
         ({}, {"RANK": "0", "WORLD_SIZE": "0", **TORCHRUN}, "E8001"),
@@ -118,6 +121,7 @@ def test_the_layout_is_chosen_from_processes_heads_and_guidance() -> None:
         (Several(sizes={"cfg": 2}), {}, "E2018", "this is one process"),
         (Several(cut=("dit",)), {}, "E2019", "this is one process"),
         (Several(cut=("text",)), {}, "E2019", "this is one process"),
+        (Several(vae_parallel=True), {}, "E2023", "vae_parallel: this is one process"),
         (several(cut=("dit",)), {"quantise": "int8"}, "E2019", "--quantise"),
         (several(cut=("dit",)), {"resident_blocks": 2}, "E2019", "--resident-blocks"),
         (several(cut=("text",)), {"t5_cpu": True}, "E2019", "--t5-cpu"),
@@ -248,6 +252,70 @@ def test_a_process_that_dies_ends_all_and_two_others_finish_the_video_of_one(
     assert run(*words, "--out", "b.png").code == 0
     assert abs(frames(tmp_path / "a.png") - frames(tmp_path / "b.png")).max() <= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.matrix
+def test_a_process_that_dies_in_decoding_ends_all_and_the_latents_are_there(
+    process: Any, run: Any, model: Path, tmp_path: Path
+) -> None:
+    words = ("generate", "--ckpt-dir", model, "--task", MODEL, *SHORT, "--device", "cpu")
+    ran = process(*words, "--gpus", "2", "--out", "a.png", WANLOOM_FAILPOINT="order piece:2")
+    assert ran.code == 7, ran.err
+    assert "warning[W7002]: process 1 of 2 was killed by signal 9." in ran.err
+    assert "error[E7002]: another process of this run is gone." in ran.err
+    assert (tmp_path / "a.job" / "latents.safetensors").is_file()
+    again = process("generate", "--resume", "a.job", "--gpus", "2", "--vae-rows", "16")
+    assert again.code == 2  # a job knows what it was asked for
+    again = process("generate", "--resume", "a.job", "--gpus", "2")
+    assert again.code == 0, again.err
+    assert again.out.count("denoising was done before") == 1
+    for name, more in (("b.png", ()), ("c.png", ("--gpus", "2", "--vae-parallel", "off"))):
+        ran = process(*words, *more, "--out", name)
+        assert ran.code == 0, ran.err
+        assert abs(frames(tmp_path / "a.png") - frames(tmp_path / name)).max() <= 1
+
+
+OUT_OF_MEMORY = """
+import sys, torch
+from wanloom.cli import main
+from wanloom.runtime import neighbours
+
+right, calls = neighbours.SharedAttention.forward, []
+
+def full(*given):
+    calls.append(1)
+    if len(calls) == 2:
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+    return right(*given)
+
+neighbours.SharedAttention.forward = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("short", [0, 1])
+def test_where_memory_runs_out_in_decoding_the_first_goes_on_alone(
+    run: Any, model: Path, tmp_path: Path, short: int
+) -> None:
+    words = ("generate", "--ckpt-dir", model, "--task", MODEL, *SHORT, "--device", "cpu", "--out", "a.png")
+    (tmp_path / "crew").mkdir()
+    place = {"WORLD_SIZE": "2", "WANLOOM_CREW": str(tmp_path / "crew")}
+    programs = [("-c", OUT_OF_MEMORY) if rank == short else ("-m", "wanloom") for rank in range(2)]
+    started = [
+        start(tmp_path, *words, program=program, RANK=str(rank), **place) for rank, program in enumerate(programs)
+    ]
+    said = [running.communicate(timeout=300)[1] for running in started]
+    if short == 0:
+        assert started[0].returncode == 0, said
+        assert "warning[W5008]: memory ran out in decoding; it goes on: by the first process alone." in said[0]
+    else:
+        assert [running.returncode for running in started] == [7, 5], said
+        assert "error[E5007]: process 1: memory: it ran out" in said[1] and "--vae-parallel off" in said[1]
+        again = run("generate", "--resume", "a.job")
+        assert again.code == 0, again.err
+    assert run(*words[:-1], "b.png").code == 0
+    assert abs(frames(tmp_path / "a.png") - frames(tmp_path / "b.png")).max() <= 1
 
 
 @pytest.mark.matrix

@@ -62,7 +62,10 @@ def lead(run: Prepared) -> Iterator[Lead]:
         (place.folder / JOB).write_text(str(folder.absolute()))
     crew, board = meet(place)
     device = crew.compute_on("cuda" if runs_on_gpu(run.request) else "cpu")
-    leading = Lead(device, partial(Together, crew=crew, layout=layout, cut=run.several.cut), folder)
+    make_parts = partial(
+        Together, crew=crew, layout=layout, cut=run.several.cut, vae_parallel=run.several.vae_parallel is not False
+    )
+    leading = Lead(device, make_parts, folder)
     watch = Watch(board, leading.end, waits=lambda: crew.within)
     watch.hear_signals()
     watch.start()

@@ -118,6 +118,7 @@ def kind_of(request: Request, variant: Variant, *, on_gpu: bool, several: Severa
         request.attention, request.quantise, request.cache, request.guidance_mode,
         "compile" if request.compile else None, "fused" if request.fused else None, request.vae_dtype,
         "preview" if request.preview else None, None if several.alone else f"{several.world} processes",
+        None if several.alone or several.vae_parallel is not False else "vae alone",
         None if request.row_chunks is None else "rows", None if request.vae_rows is None else "stripes",
         None if request.guidance_batch in (None, "off") else f"guidance batch {request.guidance_batch}",
     )  # fmt: skip

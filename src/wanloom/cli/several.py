@@ -29,6 +29,7 @@ FOLDER = "WANLOOM_CREW"  # environment: the private directory in which the proce
 MOST = 64  # processes on one machine
 SIZES = {"ulysses_size": "ulysses", "ring_size": "ring", "cfg_parallel": "cfg"}  # option -> of choose_layout
 CUT = {"dit_fsdp": "dit", "t5_fsdp": "text"}  # option -> the part whose weights are cut
+SWITCHES = (*CUT, "vae_parallel")
 
 HELP = {
     "gpus": "start N processes on this machine, a GPU for each (with --device cpu: none)",
@@ -37,6 +38,7 @@ HELP = {
     "cfg_parallel": "2: the two passes of guidance at the same time (default: when the number is even)",
     "dit_fsdp": "cut the transformer's weights among the processes",
     "t5_fsdp": "cut the text encoder's weights among the processes",
+    "vae_parallel": "off: the first process encodes and decodes alone (default: each has its rows)",
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -50,11 +52,11 @@ class SeveralOption(click.Option):
     def __init__(self, name: str) -> None:
         dashed = name.replace("_", "-")
         flags = list(dict.fromkeys((f"--{dashed}", f"--{name}")))
-        switch = {"is_flag": False, "flag_value": "true"} if name in CUT else {"metavar": "N"}
+        switch = {"is_flag": False, "flag_value": "true"} if name in SWITCHES else {"metavar": "N"}
         super().__init__([*flags, name], type=str, default=None, help=HELP[name], **switch)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        flag = self.opts[0] if self.name in CUT else f"{self.opts[0]} N"
+        flag = self.opts[0] if self.name in SWITCHES else f"{self.opts[0]} N"
         alias = f" (= {self.opts[1]})" if len(self.opts) > 1 else ""
         return flag, (self.help or "") + alias
 
@@ -73,6 +75,7 @@ class Several:
 
     place: None in a run alone.  local: how many of them are on this machine.  sizes: names of `choose_layout` -> what
     was typed.  cut: parts whose weights are cut.  start: how many this process is to start itself; 0: none.
+    vae_parallel: whether each has its rows of what the VAE makes; None: where there are several.
     """
 
     place: Place | None = None
@@ -80,6 +83,7 @@ class Several:
     sizes: Mapping[str, int] = field(default_factory=dict)
     cut: tuple[str, ...] = ()
     start: int = 0
+    vae_parallel: bool | None = None
 
     @property
     def world(self) -> int:
@@ -118,6 +122,8 @@ class Several:
         for option, part in CUT.items():
             if part in self.cut:
                 raise InputError("E2019", f"{option}: this is one process. Start more with --gpus, or leave it out.")
+        if self.vae_parallel:
+            raise InputError("E2023", "vae_parallel: this is one process. Start more with --gpus, or leave it out.")
 
     def _refuse_cuts(self, request: Request) -> None:
         """What changes weights after they were read cannot change weights of which a process has a part."""
@@ -177,7 +183,8 @@ def read_several(params: dict[str, Any], environment: Mapping[str, str] | None =
         raise InputError(
             "E2023", f"gpus: conflicts with torchrun, which started {place.world} processes. Leave it out."
         )
-    return Several(place, start if start > 1 else local, sizes, cut, start if start > 1 else 0)
+    rows = None if typed["vae_parallel"] is None else parse_switch(typed["vae_parallel"])
+    return Several(place, start if start > 1 else local, sizes, cut, start if start > 1 else 0, rows)
 
 
 def _count(option: str, text: str) -> int:

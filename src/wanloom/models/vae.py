@@ -197,11 +197,13 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        b, t, h, w, c = x.shape
-        qkv = pointwise(self.norm(x), self.to_qkv).view(b * t, 1, h * w, 3 * c)
-        q, k, v = qkv.chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c)
+    def forward(self, x: Tensor, tape: Tape, rows: slice = slice(None)) -> Tensor:
+        """Those rows of the result; all of x [B, T, H, W, C] is looked at."""
+        b, t, _, _, c = x.shape
+        q, k, v = pointwise(self.norm(x), self.to_qkv).chunk(3, dim=-1)
+        q, k, v = (part.reshape(b * t, 1, -1, c) for part in (q[:, :, rows], k, v))
+        x = x[:, :, rows]
+        y = F.scaled_dot_product_attention(q, k, v).reshape(x.shape)
         return add(pointwise(y, self.proj), x)
 
 

@@ -102,7 +102,9 @@ class Crew:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Something that all processes do together.  Raises Lost when one of them is gone."""
+        """Something that all processes do together.  Raises Lost when one of them is gone, or the crew is torn."""
+        if self.torn:
+            raise Lost("the processes do not agree on where they are")
         self.torn = self.within = True
         try:
             yield
@@ -121,6 +123,7 @@ class Crew:
             self.tell("end")
         if not self.torn:
             dist.destroy_process_group()
+            self.torn = True  # whoever still lets go of a part has nobody to tell it to
 
 
 def meet(place: Place) -> tuple[Crew, Board]:

@@ -50,13 +50,14 @@ class Layer(Protocol):
     def __call__(self, x: Tensor, tape: Tape) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Stem:
-    """The first convolution of the encoder."""
+class Stem(nn.Module):
+    """The first convolution, of either way."""
 
-    conv: nn.Conv3d
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__()
+        self.conv = conv
 
-    def __call__(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
         return conv3d(extend(x, 2, tape), self.conv)
 
 
@@ -91,12 +92,16 @@ def tails(layer: Layer) -> int:
 
 @dataclass(frozen=True)
 class Stripe:
-    """Rows begin to end - 1 of a frame, and those from top to bottom - 1 that it is made from."""
+    """Rows begin to end - 1 of a tensor, and those from top to bottom - 1 that it is made from."""
 
     begin: int
     end: int
     top: int
     bottom: int
+
+    def takes(self, other: Stripe) -> tuple[int, int]:
+        """From where to where, exclusive, this stripe is made from rows of another one; nowhere: (n, n or less)."""
+        return max(other.begin, self.top), min(other.end, self.bottom)
 
 
 class StripeTape(Tape):
@@ -121,7 +126,7 @@ class StripeTape(Tape):
             return None
         pieces = []
         for stripe, old in zip(self._stripes, self._tails, strict=True):
-            begin, end = max(stripe.begin, self._own.top), min(stripe.end, self._own.bottom)
+            begin, end = self._own.takes(stripe)
             if begin < end:
                 tail = old[self._layer]
                 each = stripe.end - stripe.begin
@@ -150,8 +155,13 @@ class Section:
             halo = needed(part, halo)
         self.halo = -(-halo // self.down) * self.down  # a stripe begins where a pair of rows does
 
-    def __call__(self, x: Tensor, tape: Tape, rows: int, aside: Device | None = None) -> Tensor:
-        """x [B, T, H, W, C] in stripes of at most `rows` rows where there are most of them; tails wait `aside`."""
+    def __call__(self, x: Tensor, tape: Tape, rows: int | None, aside: Device | None = None) -> Tensor:
+        """x [B, T, H, W, C] in stripes of at most `rows` rows where there are most of them; tails wait `aside`.
+
+        rows None: all at once, as the layers do it.
+        """
+        if rows is None:
+            return run(cast(Iterable[nn.Module], self.layers), x, tape)
         stripes = self._stripes(x.shape[2], rows)
         old = [] if tape.first else [[cast(Tensor, tape.pull()) for _ in range(self.tails)] for _ in stripes]
         out: Tensor | None = None
@@ -160,9 +170,9 @@ class Section:
             stripe = x[:, :, cut.top : cut.bottom].contiguous()
             y = run(cast(Iterable[nn.Module], self.layers), stripe, own)
             if out is None:
-                out = y.new_empty(*y.shape[:2], self._out(x.shape[2]), *y.shape[3:])
-            first, last = self._out(cut.begin), self._out(cut.end)
-            out[:, :, first:last] = y[:, :, first - self._out(cut.top) : last - self._out(cut.top)]
+                out = y.new_empty(*y.shape[:2], self.out(x.shape[2]), *y.shape[3:])
+            first, last = self.out(cut.begin), self.out(cut.end)
+            out[:, :, first:last] = y[:, :, first - self.out(cut.top) : last - self.out(cut.top)]
             for stripe_before, tails_before in zip(stripes, old, strict=False):
                 if stripe_before.end <= cut.end - self.halo:  # no stripe to come reaches as far up
                     tails_before.clear()
@@ -177,7 +187,7 @@ class Section:
             for begin, end in zip(range(0, height, step), ends, strict=True)
         ]
 
-    def _out(self, row: int) -> int:
+    def out(self, row: int) -> int:
         """The row of the output at this row of the input."""
         return row * self.up // self.down
 
@@ -223,13 +233,18 @@ class StripedEncoder(nn.Module):
         return cast(Tensor, self.whole.head(run(self.whole.middle, x, tape), tape))
 
 
+def inner_rows(vae: CausalVae, rows: int) -> int:
+    """Rows of pixels as rows of the widest layers, which see `patch` of them as one."""
+    return max(1, rows // vae.config.patch)
+
+
 def stripe(vae: CausalVae, rows: int, *, aside: Device | None = None) -> CausalVae:
     """Let a VAE work in stripes of about `rows` rows of pixels, from the next stream on; returns it.
 
     aside: where what the stream remembers waits between its pieces, "cpu" for a VAE on a GPU.  For use without
     gradients.  The names of its tensors change: load the weights before.
     """
-    inner = max(1, rows // vae.config.patch)
+    inner = inner_rows(vae, rows)
     vae.encoder = cast(Encoder, StripedEncoder(vae.encoder, inner, aside))
     vae.decoder = cast(Decoder, StripedDecoder(vae.decoder, inner, aside))
     return vae

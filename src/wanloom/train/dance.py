@@ -84,7 +84,7 @@ class DanceTask(PeopleTask):
         mask[:, :, :known] = 1
         some = room is not None or known > 0
         clips = [video, to_video(dance.drive(what, size=self.size)), *([given] if some else [])]
-        latents, pose, *more = self.vae.encode(torch.stack(clips))[0].float().split(1)
+        latents, pose, *more = self.vae.encode(torch.stack(clips))[0].float().chunk(len(clips))
         reference, behind = self.vae.encode(picture[None])[0].float(), more[0] if some else self.nothing
         y = torch.cat((with_mask(reference, torch.ones_like(mask[:, :, :1])), with_mask(behind, mask)), 2)
         driver = dance.sample_person(stream(self.recipe.seed, purpose, i, 1))
@@ -107,7 +107,7 @@ class DanceTask(PeopleTask):
         (self.animate,) = (part for part in self.dit.prepare if isinstance(part, Animate))
         self.nobody = self._motion(torch.full((1, 3, 1, FACE, FACE), -1.0))[0, 0]
         for cache in (self.clips, self.held_out):
-            faces = cache.inputs["face"].split(64)
+            faces = torch.split(cache.inputs["face"], 64)
             cache.inputs["motion"] = torch.cat([self._motion(some.float() / 127.5 - 1) for some in faces])
 
     @torch.no_grad()

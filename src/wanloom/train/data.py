@@ -99,7 +99,7 @@ def vae_batch(recipe: Recipe, loss: VaeLoss, stage: Stage, size: int, step: int,
     """Clips [B, 3, F, crop, crop] in [-1, 1]: shapes, and figures for the models that come later."""
     rng = stream(recipe.seed, BATCH, step, rank)
     crop = stage.crop or size
-    clips = []
+    clips: list[Tensor] = []
     while len(clips) < stage.batch:
         frames, focus = vae_clip(rng, recipe, loss, size, stage.frames if stage.frames > 1 else 17)
         if stage.frames == 1:

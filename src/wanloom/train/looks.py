@@ -95,7 +95,7 @@ class LooksTask:
     def look(self, phase: Phase, step: int, *, picture: bool) -> dict[str, Any]:
         """Held-out loss, the share of right answers, and of people of whom all colours are told rightly."""
         totals = torch.zeros(4)
-        for pictures, answers in zip(*(part.split(64) for part in self.strangers), strict=True):
+        for pictures, answers in zip(*(torch.split(part, 64) for part in self.strangers), strict=True):
             loss, right = self._asked(pictures.float(), answers)
             worn = right[:, : len(PALETTES)].all(1).float().mean()
             totals += len(right) * torch.tensor([1.0, float(loss), float(right.float().mean()), float(worn)])
