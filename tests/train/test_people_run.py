@@ -84,6 +84,21 @@ def test_a_trained_model_generates_and_gets_a_card(name: str, runs: Path) -> Non
     assert (checkpoint / "sheets").is_dir()
 
 
+def test_a_dance_is_learned_on_from_a_checkpoint_and_faces_are_seen_by_its_encoder(runs: Path, tmp_path: Path) -> None:
+    file = short("demo-animate", runs, clips=2, held_out=2)
+    run(file, tmp_path)
+    recipe = read_recipe(file).model_copy(update={"start": str(tmp_path / "demo-animate" / "checkpoint"), "seed": 7})
+    task = DanceTask(recipe, Ranks(), tmp_path / "more")
+    before = task.held_out.inputs["motion"].clone()
+    task.start("dit")
+    assert not torch.equal(task.held_out.inputs["motion"], before)
+    kept = load_file(tmp_path / "demo-animate" / "checkpoint" / "diffusion_pytorch_model.safetensors")
+    direction = kept["motion_encoder.dec.direction.weight"].float()
+    assert torch.equal(task.animate.motion_encoder.direction.float(), direction)
+    faces = task.held_out.inputs["face"].float() / 127.5 - 1
+    assert torch.equal(task.held_out.inputs["motion"], task._motion(faces))
+
+
 def test_a_vae_begins_as_another(runs: Path, tmp_path: Path) -> None:
     recipe = read_recipe(short("demo-vae-dance", runs, clips=4))
     task = VaeTask(recipe, Ranks(), tmp_path)

@@ -102,9 +102,16 @@ class DanceTask(PeopleTask):
         return {"clip": self.clip}
 
     def _build(self) -> None:
-        """Faces of this world look ahead and do not move: the motion encoder stays as it begins, and is asked once."""
         super()._build()
         (self.animate,) = (part for part in self.dit.prepare if isinstance(part, Animate))
+        self._see_faces()
+
+    def start(self, expert: str) -> None:
+        super().start(expert)
+        self._see_faces()
+
+    def _see_faces(self) -> None:
+        """Faces of this world look ahead and do not move: the motion encoder stays as it begins, and is asked once."""
         self.nobody = self._motion(torch.full((1, 3, 1, FACE, FACE), -1.0))[0, 0]
         for cache in (self.clips, self.held_out):
             faces = torch.split(cache.inputs["face"], 64)
