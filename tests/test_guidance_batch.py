@@ -93,7 +93,9 @@ def test_both_at_once_are_one_after_the_other_to_rounding(name: str, dtype: torc
 
 
 def compile_plainly(dit: DiT) -> None:
-    """Traced block by block as `--compile` does, without the compiler's time."""
+    """Traced block by block as `--compile` does, without the compiler's time; what other tests compiled is forgotten,
+    as forms of a block are limited."""
+    torch.compiler.reset()
     for block in dit.blocks:
         block.compile(backend="eager", fullgraph=True)
 

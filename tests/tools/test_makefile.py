@@ -31,7 +31,7 @@ def steps(target: str, tmp_path: Path) -> str:
                 "ruff format --check",
                 "ruff check",
                 "mypy",
-                'pytest -m "not faults and not matrix"',
+                'pytest -n auto --maxprocesses 4 --dist loadfile -m "not faults and not matrix"',
             ],
         ),
         ("faults", ["pytest -m faults"]),

@@ -147,8 +147,8 @@ def test_samples_of_dances_are_what_the_pipeline_will_have(runs: Path, tmp_path:
     recipe = read_recipe(short("demo-animate", runs, clips=6, held_out=2))
     task = DanceTask(recipe, Ranks(), tmp_path)
     batch = task.batch(task.clips, [0, 1, 2, 3], task.encode([""] * 4))
-    assert batch.x0.shape == (4, 16, 6, 16, 16) and batch.inputs["y"].shape == (4, 20, 6, 16, 16)
-    assert batch.inputs["face"].shape == (4, 3, 17, 64, 64)
+    assert batch.x0.shape == (4, 16, 6, 12, 12) and batch.inputs["y"].shape == (4, 20, 6, 12, 12)
+    assert batch.inputs["motion"].shape == (4, 17, 32) and "face" not in batch.inputs
     masks = batch.inputs["y"][:, :4]
     assert set(masks.unique().tolist()) <= {0.0, 1.0} and masks[:, :, 0].all()
     for i in range(4):
@@ -167,7 +167,7 @@ def test_a_picture_of_a_dance_is_a_place_of_its_clip(runs: Path, tmp_path: Path)
     one = task.picture(batch, 2)
     assert torch.equal(one.x0, batch.x0[:, :, [0, 3]]) and torch.equal(one.inputs["y"], batch.inputs["y"][:, :, [0, 3]])
     assert torch.equal(one.inputs["pose"], batch.inputs["pose"][:, :, 2:3])
-    assert torch.equal(one.inputs["face"], batch.inputs["face"][:, :, 7:8])
+    assert torch.equal(one.inputs["motion"], batch.inputs["motion"][:, 7:8])
     phase = recipe.phases[0]
     losses = [float(task.loss(phase, phase.stages[0].model_copy(update={"frames": n}), 0)[0].detach()) for n in (1, 17)]
     assert all(0.1 < loss < 10 for loss in losses) and task.at_frame.places == ()

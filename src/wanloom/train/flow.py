@@ -27,7 +27,7 @@ from wanloom.encoders import Tokenizer, build_umt5
 from wanloom.media.sheets import contact_sheet
 from wanloom.models.adapters import build_dit
 from wanloom.models.config import DiTConfig
-from wanloom.models.dit import DiT, init_for_training, rope_table
+from wanloom.models.dit import init_for_training, rope_table
 from wanloom.models.layers import Scene
 from wanloom.models.vae import CausalVae
 from wanloom.runtime.attention import KERNELS, use_kernel
@@ -139,9 +139,9 @@ class FlowTask:
         home = Path(str(self.recipe.start))
         weights, config = survey_dit(home / expert if (home / expert).is_dir() else home)
         with torch.device("meta"):
-            other = DiT(config)
+            other = build_dit(config)
         load_into(other, weights, dtype=torch.float32)
-        values = other.state_dict()
+        values = dict(other.named_parameters())
         narrow = values.pop("patch_embedding.weight")
         if config.out_channels == self.variant.dit.out_channels:
             wide = self.dit.patch_embedding.weight
