@@ -155,9 +155,14 @@ def peak(run: Run) -> dict[str, float]:
     }
 
 
+def gemm_size() -> int:
+    """The side of the square matrices that `gemm_rate` multiplies."""
+    return 8192 if torch.cuda.is_available() else 256
+
+
 def gemm_rate(repeats: int = 10) -> float:
-    """Operations a second of a bfloat16 product of 8192 x 8192 (256 on a CPU), now."""
-    size = 8192 if torch.cuda.is_available() else 256
+    """Operations a second of a bfloat16 product of such matrices, now."""
+    size = gemm_size()
     a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
 
     def run() -> None:

@@ -2,12 +2,15 @@
 
     PYTHONPATH=src python benchmarks/gpu/step.py --shape 720p [--layers N] [--engines NAME ...] [--rounds 5]
     PYTHONPATH=src python benchmarks/gpu/step.py --shape 480p --layers 4 --errors
+    PYTHONPATH=src python benchmarks/gpu/step.py --shape 480p --engines ours ours-fused near-int8 near-fp8 --to ours
 
 All engines have the same random bfloat16 weights (one copy) and inputs, and run in turn; compiling is in "first".
 Printed are the seconds of a step (one branch of guidance), the ratio to diffusers as it comes, and operations a second,
 also as a share of what a plain product of 8192 x 8192 reaches in the same minutes.  --layers takes fewer blocks, which
 lasts less and keeps the share of the whole.  --errors compares each with our float32 result instead, and needs its
-memory besides.  "diffusers-tuned" has cuDNN's attention and compiled blocks.
+memory besides.  "diffusers-tuned" has cuDNN's attention and compiled blocks; "ours-fused" our Triton operations;
+"near-int8" and "near-fp8" compiled blocks, products of 8 bits (e4m3, on a CPU int8) and attention `int8` or `int8-fp8`
+(on a CPU the exact one), and hold their 8-bit weights besides.  --to names the engine that ratios are to.
 """
 
 from __future__ import annotations
@@ -28,15 +31,27 @@ from torch import Tensor
 
 from wanloom.budget import dit_flops
 from wanloom.models.dit import DiT
+from wanloom.models.layers import use_ops
 from wanloom.runtime.attention import kernel_for, use_kernel
 from wanloom.runtime.compile import compile_blocks
+from wanloom.runtime.fused import FUSED
+from wanloom.runtime.quant import quantise
 
 Engine = Callable[[DiT, Shape, dict[str, Tensor]], Callable[[], Tensor]]
 
 
-def ours(dit: DiT, shape: Shape, given: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], Tensor]:
-    model = common.same_weights(dit)
-    use_kernel(model, kernel_for(None, common.device()))
+def ours(
+    dit: DiT, shape: Shape, given: dict[str, Tensor], *, compiled: bool = False, fused: bool = False,
+    near: str | None = None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    model, gpu = common.same_weights(dit), torch.cuda.is_available()
+    if fused and not gpu:
+        raise SystemExit("ours-fused: Triton's kernels need an NVIDIA GPU. Leave this engine out.")
+    use_kernel(model, kernel_for(near if gpu else None, common.device()))
+    if near is not None:
+        quantise(model, "fp8-compute" if gpu else "int8-compute")
+    if fused:
+        use_ops(model, FUSED)
     if compiled:
         compile_blocks(model.blocks, dynamic=False)
     return partial(model, **given)
@@ -93,6 +108,9 @@ def official(dit: DiT, shape: Shape, given: dict[str, Tensor], *, tf32: bool = F
 ENGINES: dict[str, Engine] = {
     "ours": ours,
     "ours-compiled": partial(ours, compiled=True),
+    "ours-fused": partial(ours, fused=True),
+    "near-int8": partial(ours, compiled=True, near="int8"),
+    "near-fp8": partial(ours, compiled=True, near="int8-fp8"),
     "diffusers": diffusers,
     "diffusers-tuned": partial(diffusers, tuned=True),
     "official": official,
@@ -100,12 +118,17 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def speed(runs: dict[str, Callable[[], Tensor]], shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
+LOSSLESS = ["ours", "ours-compiled", "diffusers", "diffusers-tuned", "official", "official-tf32"]
+
+
+def speed(
+    runs: dict[str, Callable[[], Tensor]], shape: Shape, rounds: int, to: str | None
+) -> dict[str, dict[str, Any]]:
     work = dit_flops(shape.config, shape.latent)
     rate = common.gemm_rate()
     first, times = common.in_turn(runs, rounds)
     rate = statistics.median((rate, common.gemm_rate()))
-    base = "diffusers" if "diffusers" in runs else next(iter(runs))
+    base = to if to in runs else "diffusers" if "diffusers" in runs else next(iter(runs))
     against = common.ratios(times, base)
     rows = {}
     for name, some in times.items():
@@ -114,7 +137,7 @@ def speed(runs: dict[str, Callable[[], Tensor]], shape: Shape, rounds: int) -> d
             "first": first[name], "seconds": median, f"/ {base}": against[name], "TFLOP/s": work / median / 1e12,
             "of the product": work / median / rate,
         }  # fmt: skip
-    print(f"a product of 8192 x 8192: {rate / 1e12:.1f} TFLOP/s; a step: {work / 1e12:.3f} TFLOP")
+    print(f"a product of {common.gemm_size()} x {common.gemm_size()}: {rate / 1e12:.1f} TFLOP/s; a step: {work / 1e12:.3f} TFLOP")
     return rows
 
 
@@ -136,7 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="480p" if torch.cuda.is_available() else "small")
     parser.add_argument("--layers", type=int, help="blocks (default: all)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=LOSSLESS, metavar="NAME")
+    parser.add_argument("--to", choices=ENGINES, help="the engine that ratios are to (default: diffusers)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -148,7 +172,7 @@ def main() -> None:
         dit = common.random_dit(shape.config, torch.bfloat16)
         given = common.inputs(shape)
         runs = {name: ENGINES[name](dit, shape, given) for name in args.engines}
-        rows = errors(runs, partial(_wide(dit), **given)) if args.errors else speed(runs, shape, args.rounds)
+        rows = errors(runs, partial(_wide(dit), **given)) if args.errors else speed(runs, shape, args.rounds, args.to)
     common.table(rows)
     common.save(args.json, facts, rows=rows)
 

@@ -22,10 +22,11 @@ from triton.compiler import ASTSource
 from wanloom.runtime import triton_attention, triton_rows
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"}
+TYPES[torch.float8_e4m3fn] = "*fp8e4nv"
 ALIGNED = [["tt.divisibility", 16]]  # what Triton's launcher says of pointers and numbers that are multiples of 16
 KERNELS = (
     (triton_rows, "_norm_modulate"), (triton_rows, "_gate_add"), (triton_rows, "_rms_rotate"),
-    (triton_attention, "_to_int8"), (triton_attention, "_attend"),
+    (triton_attention, "_to_int8"), (triton_attention, "_to_fp8"), (triton_attention, "_attend"),
 )  # fmt: skip
 
 
@@ -62,11 +63,12 @@ class CompileOnly:
             "bytes": len(done.asm["cubin"]),
             "products": len(re.findall(r"(wgmma\.mma_async|mma\.sync)", done.asm["ptx"])),
             "integers": len(re.findall(r"(wgmma\.mma_async|mma\.sync)\S*s32\.s8\.s8", done.asm["ptx"])),
+            "fp8": len(re.findall(r"(wgmma\.mma_async|mma\.sync)\S*e4m3\.e4m3", done.asm["ptx"])),
         }  # fmt: skip
         print(json.dumps(line))
 
 
-def launch_all() -> None:
+def launch_all(capability: int) -> None:
     """Every launcher once, at sizes and in formats of a large model; nothing runs."""
     width, heads, length = 5120, 40, 64
     x, narrow = torch.zeros(1, length, width), torch.zeros(1, length, width, dtype=torch.bfloat16)
@@ -77,8 +79,10 @@ def launch_all() -> None:
     triton_rows.gate_add_norm(x, narrow, gate, group, x, weight, weight, 1e-6, torch.bfloat16)
     triton_rows.rms_rotate(narrow, weight, 1e-6, heads, torch.zeros(length, width // heads // 2, 2))
     q = torch.zeros(1, length, 2, 128, dtype=torch.bfloat16)
-    triton_attention._values = lambda v: v  # as on a GPU
+    triton_attention._interpreted = lambda x: False
     triton_attention.attend(q, q, q)
+    if capability >= 89:
+        triton_attention.attend(q, q, q, narrow=True)
 
 
 def main(capabilities: list[int]) -> None:
@@ -86,7 +90,7 @@ def main(capabilities: list[int]) -> None:
     for capability in capabilities:
         for (module, name), function in zip(KERNELS, originals, strict=True):
             setattr(module, name, CompileOnly(function, capability))
-        launch_all()
+        launch_all(capability)
 
 
 if __name__ == "__main__":

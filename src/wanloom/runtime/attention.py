@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanloom.models.layers import Kernel, sdpa
-from wanloom.runtime.int8_attention import int8_attention
+from wanloom.runtime.int8_attention import int8_attention, int8_fp8_attention
 from wanloom.runtime.kernels import HOPPER, Capability, require_kernel
 
 
@@ -80,6 +80,7 @@ KERNELS: dict[str, Kernel] = {
     "flash-4": by_library("flash_attn.cute", "flash_attn_func"),
     "sage": by_library("sageattention", "sageattn", tensor_layout="NHD"),
     "int8": int8_attention,
+    "int8-fp8": int8_fp8_attention,
 }
 HOPPER_ORDER: Sequence[SDPBackend] = (
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,

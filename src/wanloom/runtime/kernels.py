@@ -58,7 +58,7 @@ def _text(capability: Capability) -> str:
     return ".".join(map(str, capability))
 
 
-AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
 KERNEL_FACTS: dict[str, KernelFacts] = {
     "sdpa": KernelFacts("torch's attention; cuDNN first on Hopper and later, else as torch chooses"),
     "sdpa-cudnn": KernelFacts("torch's attention by cuDNN and nothing else", least=AMPERE),
@@ -75,6 +75,9 @@ KERNEL_FACTS: dict[str, KernelFacts] = {
         "SageAttention: 8-bit scores", exact=False, library="sageattention", package="sageattention", least=AMPERE
     ),
     "int8": KernelFacts("our own: 8-bit scores", exact=False, library="triton", package="triton", least=AMPERE),
+    "int8-fp8": KernelFacts(
+        "our own: 8-bit scores, 8-bit values", exact=False, library="triton", package="triton", least=ADA
+    ),
 }
 
 
@@ -108,7 +111,7 @@ WEIGHT_METHODS: dict[str, tuple[Capability, bool] | None] = {
     "int8": None,
     "fp8": None,
     "int8-compute": ((7, 5), True),  # Turing, the first with integer tensor cores
-    "fp8-compute": ((8, 9), False),  # Ada, the first with 8-bit floating point tensor cores
+    "fp8-compute": (ADA, False),  # the first with 8-bit floating point tensor cores
 }
 
 

@@ -53,11 +53,11 @@ class DanceTask(PeopleTask):
         return what, room, 0 if i % 2 == 0 else (1 if rng.random() < 0.5 else 5)
 
     def shown(self, i: int) -> np.ndarray:
-        return dance.perform(self._wanted(i), size=self.size)
+        return dance.perform(self.wanted(HELD_OUT, i), size=self.size)
 
-    def _wanted(self, i: int) -> dance.Dance:
-        """Held-out sample i, the person in the room where it is to dance."""
-        what, room, _ = self.scene(HELD_OUT, i)
+    def wanted(self, purpose: int, i: int) -> dance.Dance:
+        """Sample i, the person in the room where it is to dance."""
+        what, room, _ = self.scene(purpose, i)
         return what if room is None else replace(what, room=room)
 
     @cached_property
@@ -68,7 +68,7 @@ class DanceTask(PeopleTask):
     @torch.no_grad()
     def _sample_tensors(self, purpose: int, i: int) -> dict[str, Tensor]:
         what, room, known = self.scene(purpose, i)
-        here = what if room is None else replace(what, room=room)
+        here = self.wanted(purpose, i)
         video = to_video(dance.perform(here, size=self.size))
         picture = to_video(dance.portrait(what, size=self.size)[None])
         side = self.size // self.vae.config.stride[1]
@@ -150,15 +150,18 @@ class DanceTask(PeopleTask):
         y[:, 4:, 1:] += noise.to(y)
         return {**inputs, "y": y}
 
-    def _generate(self, mine: list[int], captions: list[str], *, given: bool) -> list[np.ndarray]:
-        """The clips, without the picture they begin with."""
+    def made(self, purpose: int, mine: list[int], captions: list[str]) -> Tensor:
+        """Latents of clips as the transformer makes them, [B, C, T, h, w], without the picture they begin with."""
         context, empty = self.encode(captions), self.encode([""] * len(mine))
-        batch = self.batch(self.held_out, mine, context)
-        x = torch.stack([self._noise(batch, i) for i in mine])
-        latents = self.denoise(x.to(self.device), batch, context, empty, given=False)
-        videos = self.vae.decode(latents[:, :, 1:].to(self.vae.conv1.weight.dtype).cpu())[0]
+        batch = self.batch(self.held_out if purpose == HELD_OUT else self.clips, mine, context)
+        x = torch.stack([self._noise(batch, i, purpose) for i in mine])
+        return self.denoise(x.to(self.device), batch, context, empty, given=False)[:, :, 1:]
+
+    def _generate(self, mine: list[int], captions: list[str], *, given: bool) -> list[np.ndarray]:
+        latents = self.made(HELD_OUT, mine, captions)
+        videos = self.vae.decode(latents.to(self.vae.conv1.weight.dtype).cpu())[0]
         return [to_frames(video.float()) for video in videos]
 
     def judge(self, i: int, video: np.ndarray) -> list[float]:
-        verdict = dance_judge.judge(video, self._wanted(i))
+        verdict = dance_judge.judge(video, self.wanted(HELD_OUT, i))
         return [psnr(self.shown(i), video), verdict.distance, float(verdict.colours)]

@@ -115,12 +115,18 @@ class Watch(Table):
     guidance: float = 3.0
 
 
+# What the phases of each kind of recipe can train.
+PARTS = {
+    "vae": {"vae", "decoder"}, "decoder": {"decoder"}, "audio": {"audio"}, "image": {"image"}, "flow": {"dit", "text"},
+}  # fmt: skip
+
+
 class Recipe(Table):
     """One TOML file."""
 
     name: str
     variant: str  # a row of VARIANTS, whose sizes are trained
-    kind: Literal["vae", "audio", "image", "flow"]
+    kind: Literal["vae", "decoder", "audio", "image", "flow"]
     seed: int = 0
     processes: int = Field(default=1, ge=1, le=64)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -131,7 +137,9 @@ class Recipe(Table):
     vae: str | None = None  # flow: the checkpoint directory whose VAE is used, frozen
     audio: str | None = None  # flow, speech: the checkpoint directory whose audio encoder is used, frozen
     image: str | None = None  # flow, animate: the checkpoint directory whose CLIP is used, frozen
-    start: str | None = None  # a checkpoint directory that phases with init = "start:..." begin from
+    start: str | None = (
+        None  # a checkpoint directory that phases with init = "start:..." begin from; decoder: all of it
+    )
     data: Data = Data()
     watch: Watch = Watch()
     phases: tuple[Phase, ...] = Field(min_length=1)
@@ -151,14 +159,14 @@ class Recipe(Table):
                 raise ValueError(f"two phases are called '{phase.name}'")
             if phase.flow.low >= phase.flow.high:
                 raise ValueError(f"phase '{phase.name}': flow.low must be below flow.high")
-            wanted = {"vae": {"vae", "decoder"}, "audio": {"audio"}, "image": {"image"}, "flow": {"dit", "text"}}[
-                self.kind
-            ]
+            wanted = PARTS[self.kind]
             if not set(phase.trains) <= wanted:
                 raise ValueError(f"phase '{phase.name}': a {self.kind} recipe trains {sorted(wanted)}")
             seen.add(phase.name)
         if self.kind == "flow" and self.vae is None:
             raise ValueError("a flow recipe needs `vae`: the directory of a trained VAE")
+        if self.kind == "decoder" and self.start is None:
+            raise ValueError("a decoder recipe needs `start`: the checkpoint whose transformer it learns from")
         return self
 
     @property
