@@ -137,7 +137,8 @@ def speed(
             "first": first[name], "seconds": median, f"/ {base}": against[name], "TFLOP/s": work / median / 1e12,
             "of the product": work / median / rate,
         }  # fmt: skip
-    print(f"a product of {common.gemm_size()} x {common.gemm_size()}: {rate / 1e12:.1f} TFLOP/s; a step: {work / 1e12:.3f} TFLOP")
+    side = common.gemm_size()
+    print(f"a product of {side} x {side}: {rate / 1e12:.1f} TFLOP/s; a step: {work / 1e12:.3f} TFLOP")
     return rows
 
 

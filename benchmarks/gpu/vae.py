@@ -113,7 +113,8 @@ def main() -> None:
                 "of the product": work / median / rate,
                 **{key: value - held / 1e9 for key, value in common.peak(run).items()},
             }  # fmt: skip
-    print(f"a product of 8192 x 8192: {rate / 1e12:.1f} TFLOP/s; the decoding: {work / 1e12:.3f} TFLOP")
+    side = common.gemm_size()
+    print(f"a product of {side} x {side}: {rate / 1e12:.1f} TFLOP/s; the decoding: {work / 1e12:.3f} TFLOP")
     common.table(rows)
     common.save(args.json, facts, rows=rows)
 

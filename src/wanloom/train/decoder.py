@@ -82,7 +82,8 @@ class DecoderTask:
     def loss(self, phase: Phase, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = stream(self.recipe.seed, BATCH, step, self.ranks.rank)
         crop = (stage.crop or self.size) // self.stride
-        latents, videos = [], []
+        latents: list[Tensor] = []
+        videos: list[Tensor] = []
         while len(latents) < stage.batch:
             i, kind = int(rng.integers(len(self.clips["made"]))), "own" if rng.random() < OWN else "made"
             for _ in range(min(stage.crops, stage.batch - len(latents))):
