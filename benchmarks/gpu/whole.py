@@ -68,6 +68,7 @@ def experts(shape: Shape, name: str, args: argparse.Namespace) -> dict[str, DiT]
     found = {}
     for expert, _ in VARIANTS[name].experts:
         found[expert] = build("streamed" if args.stream else "resident", shape, args.resident)
+        found[expert].keeps = not args.stream
         if args.compile:
             compile_blocks(found[expert].blocks, dynamic=False)
     return found

@@ -311,6 +311,7 @@ class Parts:
                 if name not in ("blocks", "trunk"):
                     child.to(self.device)
         dit.eval().requires_grad_(False)
+        dit.keeps = source is None
         if source is not None:
             dit.trunk = Streamed(dit.trunk, source, self.device, resident=self.resident_blocks or 0)
         use_kernel(dit, self.kernel)

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanloom.models.config import DiTConfig
 from wanloom.models.dit import DiT, init_for_training, sinusoid
-from wanloom.models.layers import Block
+from wanloom.models.layers import PLAIN, Block, context_kv, use_ops
+from wanloom.runtime.rows import use_rows
 
 T2V = DiTConfig()
 I2V = replace(T2V, in_channels=36)
@@ -212,6 +213,30 @@ def test_rows_that_frames_share_equal_one_row_per_frame() -> None:
     plain = dit(x, torch.tensor([[700.0]]), text)
     torch.testing.assert_close(plain, dit(x, torch.tensor([[700.0, 0.0]]), text), rtol=1e-12, atol=1e-12)
     assert relative(shared, plain) > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("image_dim", [None, 16])
+def test_what_blocks_read_is_made_once_and_changes_no_bit(image_dim: int | None, rows: int | None) -> None:
+    dit = small(replace(SMALL, image_dim=image_dim))
+    x, given = draw(2, 4, 2, 4, 6), {"context": draw(2, 5, 24, seed=1)}
+    if image_dim is not None:
+        given["image"] = draw(2, 257, image_dim, seed=2)
+    if rows is not None:
+        use_rows(dit, rows)
+    times = [torch.tensor([[t]]).expand(2, 1) for t in (900.0, 300.0)]
+    wanted = [dit(x, t, **dit.once(given)) for t in times]
+    made = []
+    ops = replace(PLAIN, context_kv=lambda *args: made.append(args) or context_kv(*args))
+    use_ops(dit, ops)
+    dit.keeps = True
+    once = dit.once(given)
+    assert len(made) == len(dit.blocks) * (1 if image_dim is None else 2)
+    assert all(torch.equal(dit(x, t, **once), v) for t, v in zip(times, wanted, strict=True))
+    assert len(made) == len(dit.blocks) * (1 if image_dim is None else 2)
+    other = dit.once(given | {"context": draw(2, 5, 24, seed=3)})
+    assert relative(dit(x, times[0], **other), wanted[0]) > 1e-4
 
 
 @torch.no_grad()

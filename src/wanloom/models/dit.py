@@ -10,15 +10,15 @@ then the trunk of blocks (`layers.py`), then the head and back to latents.  Sour
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanloom.models.config import DiTConfig
-from wanloom.models.layers import Block, Scene, Trunk, per_token
+from wanloom.models.layers import Block, Pair, Scene, Trunk, per_token
 from wanloom.models.numerics import wide
 
 
@@ -128,6 +128,7 @@ class DiT(nn.Module):
         # Parts of adapters: (x, scene) -> (x, scene), on the whole sequence.  One may also have `once`: see there.
         self.prepare = nn.ModuleList()
         self.trunk: nn.Module = Trunk(self.blocks)
+        self.keeps = False  # whether `once` makes what blocks read; for blocks that are all here, and no gradients
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,13 +145,15 @@ class DiT(nn.Module):
         y: Tensor | None = None,
         image: Tensor | None = None,
         parts: Mapping[str, Tensor] | None = None,
+        kept: Sequence[tuple[Pair, Pair | None]] | None = None,
     ) -> Tensor:
         """Predict the velocity noise - x0, [B, out, F, H, W] float32, of noisy latents x [B, in - Cy, F, H, W].
 
         t [B, G] holds the distinct timesteps in [0, 1000] and group [F] (long) says which column each latent frame
         uses; without it all use the first.  context [B, <= text_len, text_dim] is padded with zeros, and the padding
         is read.  y [B, Cy, F, H, W] are conditioning channels, image [B, 257 or 514, 1280] picture features.
-        parts: what the parts of adapters read, by the names they gave it (see `once`).
+        parts: what the parts of adapters read, by the names they gave it (see `once`).  kept: keys and values of
+        context and image in every block, which then are not looked at.
         Raises ValueError for shapes that do not fit this model.
         """
         self._check(x, t, context, y, image)
@@ -167,9 +170,10 @@ class DiT(nn.Module):
             group=group.repeat_interleave(per_frame),
             frame=frame.repeat_interleave(per_frame),
             mod=mod,
-            context=self.embed_context(context),
-            image=None if image is None else self.img_emb(image.to(self.dtype)),
+            context=self.embed_context(context) if kept is None else kept[0][0],
+            image=self.embed_image(image) if kept is None else kept[0][1],
             shared=dict(parts or {}),
+            kept=kept,
         )
         length = tokens.shape[1]
         for part in self.prepare:
@@ -181,9 +185,14 @@ class DiT(nn.Module):
         """The keywords of `forward` from what a conditioner gives: x and t aside, everything a clip needs.
 
         Adapters compute here what is the same in all steps of a clip - audio tokens, say, from audio features - and put
-        it under `parts`.  What they do not take is passed on as it is.
+        it under `parts`.  What they do not take is passed on as it is.  With `keeps` the keys and values of text and
+        pictures in all blocks are made here too (`kept`: 2 x text_len x dim numbers a block).
         """
         given: dict[str, Any] = dict(inputs)
+        if self.keeps:
+            context, image = self.embed_context(given["context"]), self.embed_image(given.get("image"))
+            crosses = (cast(Block, block).cross_attn for block in self.blocks)
+            given["kept"] = [cross.read(context, image) for cross in crosses]
         parts: dict[str, Tensor] = {}
         for part in self.prepare:
             once = getattr(part, "once", None)
@@ -220,6 +229,10 @@ class DiT(nn.Module):
         context = F.pad(context, (0, 0, 0, self.config.text_len - context.shape[1]))
         out: Tensor = self.text_embedding(context.to(self.dtype))
         return out
+
+    def embed_image(self, image: Tensor | None) -> Tensor | None:
+        """Picture features [B, 257 or 514, 1280], where there are some -> [B, the same, C]."""
+        return None if image is None else self.img_emb(image.to(self.dtype))
 
     def _check(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, image: Tensor | None) -> None:
         config = self.config

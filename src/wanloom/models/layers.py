@@ -13,8 +13,8 @@ the linear layers run in the dtype of their parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from wanloom.models.numerics import add, recording, wide
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Pair = tuple[Tensor, Tensor]  # keys and values, [B, M, H, D] each
 
 
 def _same(t: Tensor) -> Tensor:
@@ -42,11 +43,19 @@ class Scene:
     group: Tensor  # [L] long     which timestep modulates it: 0 noisy, 1 clean (the given first frame, references)
     frame: Tensor  # [L] long     the latent frame it lies in, -1 for tokens outside the clip
     mod: Tensor  # [B, G, 6, C]   one row per distinct timestep, not per token
-    context: Tensor  # [B, Lc, C] text
-    image: Tensor | None = None  # [B, Li, C] picture tokens of the models that have that branch
+    context: Tensor | Pair  # [B, Lc, C] text, or its keys and values in the block at hand
+    image: Tensor | Pair | None = None  # [B, Li, C] picture tokens of the models that have that branch, or theirs
     tokens: dict[str, Tensor] = field(default_factory=dict)  # [B, L, *] an adapter's own, one per token
     shared: dict[str, Any] = field(default_factory=dict)  # an adapter's own, the same for all tokens
     whole: Callable[[Tensor], Tensor] = _same  # [B, the tokens at hand, *] -> [B, all tokens, *]
+    kept: Sequence[tuple[Pair, Pair | None]] | None = None  # of each block: keys and values of context and image
+
+    def of_block(self, number: int) -> Scene:
+        """The scene as block `number` is to see it."""
+        if self.kept is None:
+            return self
+        context, image = self.kept[number]
+        return replace(self, context=context, image=image, kept=None)
 
 
 # ---------------------------------------------------------------- attention kernels and named operations
@@ -119,8 +128,8 @@ def project_qkv(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor
 def context_kv(attention: CrossAttention, context: Tensor, image: bool = False) -> tuple[Tensor, Tensor]:
     """Keys and values of what a block reads, [B, M, C] -> 2 x [B, M, H, D].
 
-    They depend on the prompt alone, not on the step: whoever replaces this operation may keep them.
-    `image` takes the projections of the picture branch.
+    They depend on the prompt alone, not on the step: `DiT.once` may make them for all steps.  `image` takes
+    the projections of the picture branch.
     """
     if image:
         k, v, norm = attention.k_img(context), attention.v_img(context), attention.norm_k_img
@@ -215,14 +224,28 @@ class CrossAttention(Attention):
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(  # type: ignore[override]  # reads a second sequence
-        self, x: Tensor, context: Tensor, image: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, context: Tensor | Pair, image: Tensor | Pair | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """x [B, L, C], context [B, M, C], image [B, Li, C] -> [B, L, C]; mask [L, M] is of the context only."""
+        """x [B, L, C], context [B, M, C], image [B, Li, C] -> [B, L, C]; mask [L, M] is of the context only.
+
+        context and image may be the keys and values that `pair` made of them.
+        """
         q = self.ops.rms_rotate(self.q(x), self.norm_q, self.heads, None)
-        out = self.kernel(q, *self.ops.context_kv(self, context), mask)
+        out = self.kernel(q, *self.pair(context), mask)
         if image is not None:
-            out = out + self.kernel(q, *self.ops.context_kv(self, image, True), None)
+            out = out + self.kernel(q, *self.pair(image, image=True), None)
         return self.leave(out)
+
+    def read(self, context: Tensor, image: Tensor | None) -> tuple[Pair, Pair | None]:
+        """Keys and values of both."""
+        return self.pair(context), None if image is None else self.pair(image, image=True)
+
+    def pair(self, read: Tensor | Pair, *, image: bool = False) -> Pair:
+        """Keys and values of what is read; as they are where it is such already."""
+        if isinstance(read, tuple):
+            return read
+        made: Pair = self.ops.context_kv(self, read, image)
+        return made
 
 
 class Block(nn.Module):
@@ -279,8 +302,8 @@ class Trunk(nn.Module):
         for part in self.enter:
             scene = part(x, scene)
         x = x if recording(x) else x.clone()  # the blocks write over it
-        for block in self.blocks:
-            x = block(x, scene)
+        for number, block in enumerate(self.blocks):
+            x = block(x, scene.of_block(number))
         return x
 
 

@@ -48,8 +48,8 @@ class InRows:
         block, ops = self.block, self.block.ops
         attention, cross, dtype = block.self_attn, block.cross_attn, block.norm3.weight.dtype
         k, v = self._keys(x, scene, shift, scale)
-        context = cross.ops.context_kv(cross, scene.context)
-        image = None if scene.image is None else cross.ops.context_kv(cross, scene.image, True)
+        context = cross.pair(scene.context)
+        image = None if scene.image is None else cross.pair(scene.image, image=True)
         for cut in self._cuts(x):
             rows, group = x[:, cut], scene.group[cut]
             y = ops.norm_modulate(rows, shift, scale, group, block.eps, dtype)

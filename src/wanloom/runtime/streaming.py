@@ -143,7 +143,7 @@ class Streamed(Trunk):
         x = x.clone()  # the blocks write over it
         for i, block in enumerate(self.blocks):
             with self._present(i):
-                x = block(x, scene)
+                x = block(x, scene.of_block(i))
             if recording(x):
                 raise RuntimeError("streamed blocks have no gradients: they are gone when backward would read them")
         return x

@@ -197,13 +197,14 @@ class FirstBlockCache(StepCache):
         """x [B, L, C] -> [B, L, C]."""
         for part in cast(Trunk, self.trunk).enter:
             scene = part(x, scene)
-        first: Tensor = self.blocks[0](x if recording(x) else x.clone(), scene)  # the blocks write over it
+        alone = x if recording(x) else x.clone()  # the blocks write over it
+        first: Tensor = self.blocks[0](alone, scene.of_block(0))
         return self._step(first, scene, self._others, first - x)
 
     def _others(self, x: Tensor, scene: Scene) -> Tensor:
         x = x if recording(x) else x.clone()
-        for block in self.blocks[1:]:
-            x = block(x, scene)
+        for number, block in enumerate(self.blocks[1:], 1):
+            x = block(x, scene.of_block(number))
         return x
 
     def small(self, entry: Entry, seen: Tensor) -> bool:
