@@ -27,10 +27,10 @@ check: $(VENV)/.installed-dev  ## style and types only
 	$(BIN)/mypy
 
 faults: $(VENV)/.installed-dev  ## the long fault-injection runs: kills at every point, damaged files
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m faults --result-table docs/results/faults.md
 
 matrix: $(VENV)/.installed-dev  ## every model on every layout of processes, and what takes long (half an hour)
-	$(BIN)/python -m pytest -m matrix
+	$(BIN)/python -m pytest -m matrix --result-table docs/results/matrix.md
 
 bench: $(VENV)/.installed-dev  ## speed and memory beside diffusers, on this CPU
 	$(BIN)/python benchmarks/cpu.py

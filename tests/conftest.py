@@ -14,6 +14,8 @@ import torch
 
 import tiny
 
+pytest_plugins = ["result_table"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Started in the background, a shell hands down "ignore Ctrl-C", to us and to what we start; tests press it.
