@@ -46,12 +46,12 @@ def table(stats: dict[str, list[Any]], mark: str) -> str:
             setattr(row, field, getattr(row, field) + 1)
             row.seconds += report.duration
     total = Row(*(sum(getattr(row, name) for row in rows.values()) for name in Row.__dataclass_fields__))
+    kind = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
+    counts = f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped"
     lines = [
         f"# `make {mark}`", "",
-        f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped; {time.strftime('%Y-%m-%d')}, revision "
-        f"{revision()}, {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, torch {torch.__version__}. Seconds are those of the tests alone, which may have "
-        "run beside one another.", "",
+        f"{counts}; {time.strftime('%Y-%m-%d')}, revision {revision()}, {kind}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}. Seconds are those of the tests alone, which may have run beside one another.", "",
         "| test | passed | failed | skipped | seconds |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
