@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import wanloom
-from wanloom.demo import dance, talk
+from wanloom.demo import talk
 from wanloom.demo.figures import CLOTHES, GROUNDS, HAIRS, SKINS, Outfit
 from wanloom.errors import InputError
 from wanloom.train import people_card
@@ -21,7 +21,6 @@ from wanloom.train.audio import heard
 from wanloom.train.card import make_card
 from wanloom.train.dance import DanceTask
 from wanloom.train.data import vae_batch
-from wanloom.train.decoder import DecoderTask
 from wanloom.train.looks import LooksTask, looks
 from wanloom.train.loop import run
 from wanloom.train.ranks import Ranks
@@ -31,7 +30,6 @@ from wanloom.train.vae import VaeTask
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 
 
 def short(name: str, folder: Path, **data: Any) -> Path:
@@ -99,54 +97,6 @@ def test_a_dance_is_learned_on_from_a_checkpoint_and_faces_are_seen_by_its_encod
     assert torch.equal(task.animate.motion_encoder.direction.float(), direction)
     faces = task.held_out.inputs["face"].float() / 127.5 - 1
     assert torch.equal(task.held_out.inputs["motion"], task._motion(faces))
-
-
-def test_a_decoder_learns_from_what_a_transformer_makes(runs: Path, tmp_path: Path) -> None:
-    """Its file changes, by the decoder alone; the rest of the model is as it was."""
-    run(short("demo-animate", runs, clips=2, held_out=2), tmp_path)
-    start = tmp_path / "demo-animate" / "checkpoint"
-    file = short("demo-animate-decoder", runs, clips=4, held_out=2)
-    file.write_text(file.read_text().replace(str(runs / "runs/demo-animate-more/checkpoint"), str(start)))
-    run(file, tmp_path)
-    home = tmp_path / "demo-animate-decoder"
-    checkpoint = home / "checkpoint"
-    for name in ("diffusion_pytorch_model", "models_t5_umt5-xxl-enc-bf16", CLIP):
-        before, after = (load_file(folder / f"{name}.safetensors") for folder in (start, checkpoint))
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    before, after = (load_file(folder / "Wan2.1_VAE.safetensors") for folder in (start, checkpoint))
-    changed = {key.partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"decoder", "conv2"}
-    assert wanloom.load(checkpoint, task="demo-animate").variant.name == "demo-animate"
-    report = json.loads((home / "log.jsonl").read_text().splitlines()[-1])
-    assert 0 < report["psnr_own"] < 60 and 0 < report["distance"] <= 1
-    assert list((home / "sheets").glob("decoder-*.png"))
-
-
-def test_latents_and_pixels_of_a_decoder_show_the_same_place(runs: Path, tmp_path: Path) -> None:
-    run(short("demo-animate", runs, clips=2, held_out=2), tmp_path)
-    recipe = read_recipe(short("demo-animate-decoder", runs, clips=3, held_out=2))
-    recipe = recipe.model_copy(update={"start": str(tmp_path / "demo-animate" / "checkpoint")})
-    task = DecoderTask(recipe, Ranks(), tmp_path / "decoder")
-    assert task.clips["made"].shape == task.clips["own"].shape == (3, 16, 5, 12, 12)
-    wanted = dance.perform(task.world.wanted(0, 1), size=96)
-    assert np.array_equal(task.clips["video"][1].numpy(), wanted)
-    latents, _ = task.world.vae.encode(to_video(wanted)[None])
-    torch.testing.assert_close(task.clips["own"][1].float(), latents[0].float(), atol=0.05, rtol=0.05)
-    rng = np.random.default_rng(0)
-    for head in ([0.0, 0.0], [50.0, 20.0], [95.0, 95.0]):  # half of the corners look there
-        corners = [task._corner(rng, torch.tensor(head), 6) for _ in range(200)]
-        assert all(0 <= y <= 6 and 0 <= x <= 6 for y, x in corners)
-        there = [y * 8 <= head[1] < y * 8 + 48 and x * 8 <= head[0] < x * 8 + 48 for y, x in corners]
-        assert np.mean(there) >= 0.4
-    whole = recipe.phases[0].stages[0].model_copy(update={"crop": None, "batch": 1})
-    loss, figures = task.loss(recipe.phases[0], whole, 0)
-    assert float(loss.detach()) > 0 and figures["l1"] > 0
-    with pytest.raises(InputError, match="for demo-animate") as caught:
-        DecoderTask(recipe.model_copy(update={"variant": "demo-s2v"}), Ranks(), tmp_path / "no")
-    assert caught.value.code == "E4032"
-    with pytest.raises(InputError, match="without `init`") as caught:
-        task.start("vae")
-    assert caught.value.code == "E4032"
 
 
 def test_a_vae_begins_as_another(runs: Path, tmp_path: Path) -> None:

@@ -44,20 +44,12 @@ def test_a_phase_knows_its_stage_at_each_step(tmp_path: Path) -> None:
         (('name = "a"', 'name = "a"\ninit = "b"'), "no earlier phase"),
         (('name = "a"', 'name = "a"\ninit = "start:vae"'), "names it in `start`"),
         (("steps = 3", "steps = = 3"), "line 8"),
-        (('kind = "vae"', 'kind = "decoder"\nstart = "x"'), "a decoder recipe trains"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_place(tmp_path: Path, change: tuple[str, str], says: str) -> None:
     with pytest.raises(InputError, match=says) as caught:
         read_recipe(written(tmp_path, GOOD.replace(*change)))
     assert caught.value.code == "E4032"
-
-
-def test_a_decoder_learns_from_a_transformer(tmp_path: Path) -> None:
-    text = GOOD.replace('kind = "vae"', 'kind = "decoder"').replace('trains = ["vae"]', 'trains = ["decoder"]')
-    with pytest.raises(InputError, match="needs `start`"):
-        read_recipe(written(tmp_path, text))
-    assert read_recipe(written(tmp_path, 'start = "x"\n' + text)).kind == "decoder"
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ from wanloom.demo.cases import FACE, faces
 from wanloom.demo.figures import dressed_figure
 from wanloom.encoders import build_clip, encode_image
 from wanloom.models.adapters.animate import Animate
-from wanloom.train.data import HELD_OUT, LatentCache, cached, stream, to_video
+from wanloom.train.data import CLIPS, HELD_OUT, LatentCache, cached, stream, to_video
 from wanloom.train.flow import load_part
 from wanloom.train.looks import clip_file
 from wanloom.train.objective import FlowBatch
 from wanloom.train.people import DANCES, PeopleTask, stack
 from wanloom.train.vae import psnr, to_frames
+
+HEAD = 7.0  # how far from its middle a place is taken to show a head, in world units
 
 
 class DanceTask(PeopleTask):
@@ -53,9 +55,9 @@ class DanceTask(PeopleTask):
         return what, room, 0 if i % 2 == 0 else (1 if rng.random() < 0.5 else 5)
 
     def shown(self, i: int) -> np.ndarray:
-        return dance.perform(self.wanted(HELD_OUT, i), size=self.size)
+        return dance.perform(self._wanted(HELD_OUT, i), size=self.size)
 
-    def wanted(self, purpose: int, i: int) -> dance.Dance:
+    def _wanted(self, purpose: int, i: int) -> dance.Dance:
         """Sample i, the person in the room where it is to dance."""
         what, room, _ = self.scene(purpose, i)
         return what if room is None else replace(what, room=room)
@@ -68,7 +70,7 @@ class DanceTask(PeopleTask):
     @torch.no_grad()
     def _sample_tensors(self, purpose: int, i: int) -> dict[str, Tensor]:
         what, room, known = self.scene(purpose, i)
-        here = self.wanted(purpose, i)
+        here = self._wanted(purpose, i)
         video = to_video(dance.perform(here, size=self.size))
         picture = to_video(dance.portrait(what, size=self.size)[None])
         side = self.size // self.vae.config.stride[1]
@@ -139,6 +141,22 @@ class DanceTask(PeopleTask):
         inputs["motion"] = inputs["motion"][:, face : face + 1]
         return replace(batch, x0=batch.x0[:, :, both], inputs=inputs)
 
+    def heads(self, indices: list[int]) -> Tensor:
+        return self._heads[indices, None]
+
+    @cached_property
+    def _heads(self) -> Tensor:
+        """Of all clips, [N, T, h, w]; the picture's own latent has none: it is given."""
+        side = self.size // self.vae.config.stride[1]
+        cells = (np.arange(side) + 0.5) * 64 / side
+        shown = np.zeros((len(self.clips.latents), 1 + self.latent_frames, side, side), np.float32)
+        for i, clip in enumerate(shown):
+            x, y = self.scene(CLIPS, i)[0].pose["head"]
+            for frame in range(self.frames):
+                far = np.maximum(abs(cells[:, None] - y[frame]), abs(cells[None] - x[frame]))
+                clip[1 + (frame + 3) // 4][far < HEAD] = 1
+        return torch.from_numpy(shown)
+
     def without(self, inputs: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
         motion = torch.where(dropped[:, None, None], self.nobody.to(self.device), inputs["motion"])
         return {**inputs, "motion": motion}
@@ -150,18 +168,15 @@ class DanceTask(PeopleTask):
         y[:, 4:, 1:] += noise.to(y)
         return {**inputs, "y": y}
 
-    def made(self, purpose: int, mine: list[int], captions: list[str]) -> Tensor:
-        """Latents of clips as the transformer makes them, [B, C, T, h, w], without the picture they begin with."""
-        context, empty = self.encode(captions), self.encode([""] * len(mine))
-        batch = self.batch(self.held_out if purpose == HELD_OUT else self.clips, mine, context)
-        x = torch.stack([self._noise(batch, i, purpose) for i in mine])
-        return self.denoise(x.to(self.device), batch, context, empty, given=False)[:, :, 1:]
-
     def _generate(self, mine: list[int], captions: list[str], *, given: bool) -> list[np.ndarray]:
-        latents = self.made(HELD_OUT, mine, captions)
-        videos = self.vae.decode(latents.to(self.vae.conv1.weight.dtype).cpu())[0]
+        """The clips, without the picture they begin with."""
+        context, empty = self.encode(captions), self.encode([""] * len(mine))
+        batch = self.batch(self.held_out, mine, context)
+        x = torch.stack([self._noise(batch, i) for i in mine])
+        latents = self.denoise(x.to(self.device), batch, context, empty, given=False)
+        videos = self.vae.decode(latents[:, :, 1:].to(self.vae.conv1.weight.dtype).cpu())[0]
         return [to_frames(video.float()) for video in videos]
 
     def judge(self, i: int, video: np.ndarray) -> list[float]:
-        verdict = dance_judge.judge(video, self.wanted(HELD_OUT, i))
+        verdict = dance_judge.judge(video, self._wanted(HELD_OUT, i))
         return [psnr(self.shown(i), video), verdict.distance, float(verdict.colours)]

@@ -253,9 +253,9 @@ class FlowTask:
         latents = self.denoise(x.to(self.device), batch, context, empty, given=given and not self.image)
         return [to_frames(self.vae.decode(z[None].cpu())[0][0]) for z in latents]
 
-    def _noise(self, batch: FlowBatch, i: int, purpose: int = HELD_OUT) -> Tensor:
-        """The noise that scene i begins as, [C, T, h, w]."""
-        return torch.randn(batch.x0.shape[1:], generator=torch_stream(self.recipe.seed, NOISE, purpose, i))
+    def _noise(self, batch: FlowBatch, i: int) -> Tensor:
+        """The noise of held-out scene i, [C, T, h, w]."""
+        return torch.randn(batch.x0.shape[1:], generator=torch_stream(self.recipe.seed, NOISE, HELD_OUT, i))
 
     def denoise(self, x: Tensor, batch: FlowBatch, context: Tensor, empty: Tensor, *, given: bool) -> Tensor:
         """Sample latents like the pipeline does, with the weights as they stand, as one model for all noise levels."""

@@ -53,10 +53,6 @@ def make_task(recipe: Recipe, ranks: Ranks, folder: Path) -> Task:
         from wanloom.train.vae import VaeTask
 
         return VaeTask(recipe, ranks, folder)
-    if recipe.kind == "decoder":
-        from wanloom.train.decoder import DecoderTask
-
-        return DecoderTask(recipe, ranks, folder)
     if recipe.kind == "audio":
         from wanloom.train.audio import AudioTask
 

@@ -45,6 +45,7 @@ class FlowBatch:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     held: Tensor | None = None  # [B] bool: the first latent frame is given (TI2V)
     live: Tensor | None = None  # [C] bool: the channels that carry anything, where some do not
+    weight: Tensor | None = None  # [B, 1, F, h, w]: how much each place counts, where not all count alike
 
 
 def flow_loss(forward: Callable[..., Tensor], batch: FlowBatch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,8 @@ def flow_loss(forward: Callable[..., Tensor], batch: FlowBatch, sigma: Tensor, n
     error = (v.float() - target).square()
     if batch.live is not None:
         error = error[:, batch.live]
+    if batch.weight is not None:
+        error = error * (batch.weight / batch.weight.mean((1, 2, 3, 4), keepdim=True))
     if batch.held is None:
         each = error.mean((1, 2, 3, 4))
         return each.mean(), each
@@ -98,17 +101,13 @@ def vae_loss(
     mu, logvar = vae.moments(video)
     mu, logvar = mu.float(), logvar.float().clamp(-20, 10)
     z = (mu if project is None else project(mu)) + noise * (0.5 * logvar).exp()
-    pixels, figures = pixel_loss(vae.render(z), video, weights)
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-    ramp = min(1.0, (step + 1) / max(1, weights.kl_ramp))
-    return pixels + ramp * weights.kl * kl, {**figures, "kl": float(kl.detach())}
-
-
-def pixel_loss(out: Tensor, video: Tensor, weights: VaeLoss) -> tuple[Tensor, dict[str, float]]:
-    """How far a decoded clip [B,3,F,H,W] is from the true one, in pixels and in edges."""
+    out = vae.render(z)
     difference = out - video
     l1, mse = soft_abs(difference).mean(), difference.square().mean()
     edges = soft_abs(difference.diff(dim=-1)).mean() + soft_abs(difference.diff(dim=-2)).mean()
-    loss = weights.l1 * l1 + weights.mse * mse + weights.gradient * edges
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
+    ramp = min(1.0, (step + 1) / max(1, weights.kl_ramp))
+    loss = weights.l1 * l1 + weights.mse * mse + weights.gradient * edges + ramp * weights.kl * kl
     psnr = -10 * torch.log10(F.mse_loss(out.detach().clamp(-1, 1), video) / 4)
-    return loss, {"l1": float(l1.detach()), "psnr": float(psnr)}
+    figures = torch.stack([l1, kl, psnr]).tolist()
+    return loss, {"l1": figures[0], "kl": figures[1], "psnr": figures[2]}

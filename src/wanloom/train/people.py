@@ -63,6 +63,8 @@ class PeopleTask(FlowTask, ABC):
         texts, dropped = self.words(len(indices), rng, phase.flow.text_dropout)
         batch = self.batch(self.clips, indices, self.encode(texts))
         self.at_frame.places = ()
+        if phase.flow.heads > 1 and stage.frames > 1:
+            batch = replace(batch, weight=1 + (phase.flow.heads - 1) * self.heads(indices).to(self.device))
         if stage.frames == 1:
             batch = self.picture(batch, int(stream(seed, BATCH, step, 1).integers(self.latent_frames)))
         generator = torch_stream(seed, NOISE, step, rank)
@@ -75,6 +77,10 @@ class PeopleTask(FlowTask, ABC):
     def picture(self, batch: FlowBatch, place: int) -> FlowBatch:
         """The batch with one latent frame of each clip, that at `place`.  Error: E4032 where that means nothing."""
         raise InputError("E4032", f"frames = 1: {self.variant.name} learns from whole clips only.")
+
+    def heads(self, indices: list[int]) -> Tensor:
+        """1.0 where latents of these clips show a head, [B, 1, T, h, w].  Error: E4032 where nobody says."""
+        raise InputError("E4032", f"heads: {self.variant.name} does not know where heads are; leave it out.")
 
     def roughen(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """The inputs as a model's own earlier clips would leave them: not quite clean."""

@@ -66,6 +66,7 @@ class Flow(Table):
     low: float = Field(default=0.0, ge=0, lt=1)  # the range of sigma this phase answers for
     high: float = Field(default=1.0, gt=0, le=1)
     text_dropout: float = Field(default=0.1, ge=0, lt=1)
+    heads: float = Field(default=1.0, ge=1)  # animate: how much a place that shows a head counts beside others
     first_frame: float = Field(default=0.0, ge=0, le=1)  # TI2V: share of samples whose first frame is given, clean
 
 
@@ -116,9 +117,7 @@ class Watch(Table):
 
 
 # What the phases of each kind of recipe can train.
-PARTS = {
-    "vae": {"vae", "decoder"}, "decoder": {"decoder"}, "audio": {"audio"}, "image": {"image"}, "flow": {"dit", "text"},
-}  # fmt: skip
+PARTS = {"vae": {"vae", "decoder"}, "audio": {"audio"}, "image": {"image"}, "flow": {"dit", "text"}}
 
 
 class Recipe(Table):
@@ -126,7 +125,7 @@ class Recipe(Table):
 
     name: str
     variant: str  # a row of VARIANTS, whose sizes are trained
-    kind: Literal["vae", "decoder", "audio", "image", "flow"]
+    kind: Literal["vae", "audio", "image", "flow"]
     seed: int = 0
     processes: int = Field(default=1, ge=1, le=64)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -138,7 +137,7 @@ class Recipe(Table):
     audio: str | None = None  # flow, speech: the checkpoint directory whose audio encoder is used, frozen
     image: str | None = None  # flow, animate: the checkpoint directory whose CLIP is used, frozen
     start: str | None = (
-        None  # a checkpoint directory that phases with init = "start:..." begin from; decoder: all of it
+        None  # a checkpoint directory that phases with init = "start:..." begin from
     )
     data: Data = Data()
     watch: Watch = Watch()
@@ -165,8 +164,6 @@ class Recipe(Table):
             seen.add(phase.name)
         if self.kind == "flow" and self.vae is None:
             raise ValueError("a flow recipe needs `vae`: the directory of a trained VAE")
-        if self.kind == "decoder" and self.start is None:
-            raise ValueError("a decoder recipe needs `start`: the checkpoint whose transformer it learns from")
         return self
 
     @property
