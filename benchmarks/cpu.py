@@ -9,10 +9,10 @@ show speed and size, nothing about pictures.  How the figures are meant: docs/pe
 
 Rows are named by what computes and in which dtype.  The DiT has the width of Wan2.1 t2v-1.3B and four layers, and sees
 1170 tokens or 4680; a step is one of a run, where our text has its keys and values from before the first step, while
-diffusers makes them in every step; the VAEs of Wan2.1 and Wan2.2 are whole and decode nine frames of 256 x 256.  In "compiled" rows
-both sides have compiled blocks, ours by `compile_blocks`, diffusers' by `compile_repeated_blocks`; compiling is not in
-the seconds.  "vae-2.1-bfloat16-float32" is our decoder in bfloat16 beside diffusers' in float32, what each does when
-asked for a good picture quickly.
+diffusers makes them in every step.  The VAEs of Wan2.1 and Wan2.2 are whole and decode nine frames of 256 x 256.  In
+"compiled" rows both sides have compiled blocks, ours by `compile_blocks`, diffusers' by `compile_repeated_blocks`;
+compiling is not in the seconds.  "vae-2.1-bfloat16-float32" is our decoder in bfloat16 beside diffusers' in float32,
+what each does when asked for a good picture quickly.
 """
 
 from __future__ import annotations
