@@ -173,6 +173,27 @@ def test_a_picture_of_a_dance_is_a_place_of_its_clip(runs: Path, tmp_path: Path)
     assert all(0.1 < loss < 10 for loss in losses) and task.at_frame.places == ()
 
 
+def test_latents_that_show_a_head_count_more(runs: Path, tmp_path: Path) -> None:
+    """Where the head is in the frames that a latent stands for; nowhere in the picture's own, which is given."""
+    recipe = read_recipe(short("demo-animate", runs, clips=6, held_out=2))
+    task = DanceTask(recipe, Ranks(), tmp_path)
+    shown = task.heads([3])
+    assert shown.shape == (1, 1, 6, 12, 12) and not shown[:, :, 0].any()
+    x, y = task.scene(0, 3)[0].pose["head"]
+    for latent, frames in enumerate((slice(0, 1), *(slice(k, k + 4) for k in range(1, 17, 4))), 1):
+        rows, columns = (shown[0, 0, latent].any(dim).nonzero().flatten() * 64 / 12 for dim in (1, 0))
+        for low, high, place in ((rows[0], rows[-1], y[frames]), (columns[0], columns[-1], x[frames])):
+            assert low - 3 <= place.min() and place.max() <= high + 64 / 12 + 3 and high - low < 25
+    phase = recipe.phases[0].model_copy(update={"flow": recipe.phases[0].flow.model_copy(update={"heads": 8.0})})
+    stage = phase.stages[0].model_copy(update={"frames": 17})
+    alike, seen = (float(task.loss(p, stage, 0)[0].detach()) for p in (recipe.phases[0], phase))
+    assert 0.1 < seen < 10 and abs(seen - alike) > 1e-4
+    speech = SpeechTask(read_recipe(short("demo-s2v", runs, clips=4, held_out=4)), Ranks(), tmp_path / "s")
+    with pytest.raises(InputError, match="where heads are") as caught:
+        speech.loss(phase, stage, 0)
+    assert caught.value.code == "E4032"
+
+
 def test_a_head_is_not_learned_from_pictures(runs: Path, tmp_path: Path) -> None:
     recipe = read_recipe(short("demo-s2v", runs, clips=4, held_out=4))
     task = SpeechTask(recipe, Ranks(), tmp_path)

@@ -136,9 +136,7 @@ class Recipe(Table):
     vae: str | None = None  # flow: the checkpoint directory whose VAE is used, frozen
     audio: str | None = None  # flow, speech: the checkpoint directory whose audio encoder is used, frozen
     image: str | None = None  # flow, animate: the checkpoint directory whose CLIP is used, frozen
-    start: str | None = (
-        None  # a checkpoint directory that phases with init = "start:..." begin from
-    )
+    start: str | None = None  # a checkpoint directory that phases with init = "start:..." begin from
     data: Data = Data()
     watch: Watch = Watch()
     phases: tuple[Phase, ...] = Field(min_length=1)
