@@ -468,7 +468,6 @@ def need(
         vae_rows=vae_rows,
         aside=on_gpu,
         at_once=at_once,
-        keeps=resident_blocks is None and "dit" not in (held or {}),
     )
     shown = plan.frames if len(plan.segments) == 1 else 2 * max(part.frames for part in plan.segments)
     frames = 4 * 3 * shown * plan.size[0] * plan.size[1]
@@ -489,7 +488,7 @@ def need(
 
 def _stages(
     plan: Sized, variant: Variant, dtype: str, part: Mapping[str, int], vae_dtype: str, *, row_chunks: int | None,
-    vae_rows: int | None, aside: bool, at_once: bool, keeps: bool,
+    vae_rows: int | None, aside: bool, at_once: bool,
 ) -> tuple[StageNeed, ...]:  # fmt: skip
     """text, audio and image (when there are such), denoise, decode: in the order they run, parts coming and going."""
     work = flops(plan, variant)
@@ -506,7 +505,7 @@ def _stages(
     denoising = max(
         dit_activations(
             variant.dit, clip.latent, dtype, past=_remembers(clip, variant.dit), sides=sides, rows=row_chunks,
-            at_once=at_once, keeps=keeps,
+            at_once=at_once,
         )
         for clip in plan.segments
     )  # fmt: skip
@@ -550,7 +549,7 @@ def fits(needed: Need, have: Have) -> tuple[Shortage, ...]:
 
 def dit_activations(
     config: DiTConfig, latent: Sequence[int], dtype: str, *, past: bool = False, sides: int = 1,
-    rows: int | None = None, at_once: bool = False, keeps: bool = False,
+    rows: int | None = None, at_once: bool = False,
 ) -> int:  # fmt: skip
     """Bytes at the widest point of a block of the plain code, for one sample (the two passes follow each other).
 
@@ -560,7 +559,6 @@ def dit_activations(
     rotation table and six latents of the solver in float32, and what the parts of s2v and animate keep for all steps of
     a clip (`_kept`), `sides` times.  With `rows` tokens at a time the streams, k and v are those of all tokens, the
     rest is that of the rows.  With both passes `at_once` there are two of all that a block holds, and of what it reads.
-    keeps: keys and values of text and pictures stay in memory, of all blocks, `sides` times.
     """
     length, each = tokens(latent, config.patch), DTYPE_BYTES[dtype]
     length += beside_tokens(config, latent, past=past)
@@ -573,9 +571,6 @@ def dit_activations(
     table = length * config.head_dim // 2 * 8
     values = latent[0] * latent[1] * latent[2] * latent[3]
     kept = _kept(config, latent, length, each)
-    if keeps:
-        read = config.text_len + (0 if config.image_dim is None else config.image_positions or 257)
-        kept += 2 * config.layers * read * config.dim * each
     if at_once:
         block = 2 * (block + 4 * config.in_channels * prod(latent[1:]))
     return block + table + 6 * 4 * values + sides * kept

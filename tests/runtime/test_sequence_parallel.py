@@ -109,7 +109,7 @@ def test_merged_parts_are_the_whole_and_so_are_their_gradients(scores: int, monk
 
 def test_every_field_of_the_scene_that_has_a_row_for_each_token_is_cut() -> None:
     """A new field of Scene must be looked at: is it [L]?"""
-    same_for_all = {"mod", "context", "image", "shared", "whole"}
+    same_for_all = {"mod", "context", "image", "kept", "shared", "whole"}
     assert {field.name for field in fields(Scene)} == {*sequence.PER_TOKEN, "tokens", *same_for_all}
 
 
