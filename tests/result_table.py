@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     path = config.getoption("--result-table")
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(table(terminalreporter.stats, config.getoption("markexpr")))
 
 

@@ -2,8 +2,8 @@
 
 Queries and keys are rounded to int8 after the mean of the keys is taken off them.  With `int8_attention` probabilities
 and values are multiplied in 16 bits: on normally distributed q, k and v of width 128 the result is off by 1 % of its
-norm, bounded by tests at 2 %.  With `int8_fp8_attention` they are e4m3 as well (Ada and later): twice the products a
-second, off by 3 to 4 %, bounded at 5 %.
+norm, bounded by tests at 2 %.  With `int8_fp8_attention` they are e4m3 as well (Ada and later): off by 3 to 4 %,
+bounded at 5 %.
 
     use_kernel(dit, int8_attention)
 
